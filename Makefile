@@ -1,0 +1,71 @@
+# Two commands: `make demo` runs the main job, `make test` passes the tests. Each installs what it needs.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMPS := .cache
+DEBIAN_PACKAGES := $(shell grep -v '^\#' deploy/debian-packages.txt)
+RUST_SOURCES := $(shell find dataplane -name '*.rs' -not -path '*/target/*') dataplane/Cargo.toml dataplane/Cargo.lock \
+	dataplane/core/Cargo.toml dataplane/binding/Cargo.toml
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+.PHONY: demo test check build packages bench bench-quick fmt clean sizes test-python test-rust help
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
+
+build: $(STAMPS)/built  ## the virtual environment and the compiled data plane
+
+packages: $(STAMPS)/packages  ## Debian packages: QEMU tools, nbdkit, fio, libnbd
+
+$(STAMPS)/packages: deploy/debian-packages.txt
+	@mkdir -p $(STAMPS)
+	@missing=$$(for p in $(DEBIAN_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then echo "installing Debian packages:" $$missing; \
+	$(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >$(STAMPS)/apt.log 2>&1 \
+	|| { tail -20 $(STAMPS)/apt.log; exit 1; }; fi
+	@touch $@
+
+$(STAMPS)/venv: requirements.lock | $(STAMPS)/packages
+	@mkdir -p $(STAMPS)
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust stable (https://rustup.rs), then run this again"; exit 1; }
+	@echo "creating the virtual environment"
+	@python3.11 -m venv $(VENV)
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+$(STAMPS)/built: $(STAMPS)/venv $(RUST_SOURCES) pyproject.toml
+	@echo "compiling the data plane"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --locked -q
+	@touch $@
+
+demo: build  ## the main job: a replicated volume loses a replica and nobody notices
+	@$(VENV)/bin/dolmen demo
+
+test: test-rust test-python  ## all tests
+
+test-rust: $(STAMPS)/venv
+	@cd dataplane && cargo test --locked --release -q -p dolmen-core
+
+test-python: build
+	@$(PY) -m pytest tests
+
+check: build  ## what CI checks besides tests
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+	@cd dataplane && cargo fmt --check && cargo clippy --locked --release -q --all-targets -- -D warnings
+
+fmt:
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix . && cd dataplane && cargo fmt
+
+bench: build  ## measure beside other systems: interleaved rounds, table and picture in bench/out
+	@$(VENV)/bin/dolmen bench compare
+
+bench-quick: build
+	@$(VENV)/bin/dolmen bench compare --rounds 2 --seconds 3
+
+sizes:
+	@git ls-files '*.py' '*.rs' | xargs wc -l | sort -n | tail -15
+
+clean:
+	rm -rf $(STAMPS) $(VENV) dataplane/target *.so

@@ -1,0 +1,1 @@
+"""Workloads, runner, records, and the comparison with other systems."""

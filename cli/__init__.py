@@ -1,0 +1,1 @@
+"""The dolmen command. Reaches the cluster only through control.client."""

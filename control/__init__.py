@@ -1,0 +1,1 @@
+"""The cluster: documents, placement, attachments, supervision, REST."""

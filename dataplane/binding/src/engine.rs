@@ -1,0 +1,7 @@
+//! Door for engine/io_path.py.
+
+use pyo3::prelude::*;
+
+pub fn register(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+    Ok(())
+}

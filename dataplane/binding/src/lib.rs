@@ -1,0 +1,13 @@
+//! The PyO3 module `_dataplane`. Doors: engine/io_path.py and replica/io_path.py.
+
+use pyo3::prelude::*;
+
+mod engine;
+mod replica;
+
+#[pymodule]
+fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    engine::register(module)?;
+    replica::register(module)?;
+    Ok(())
+}

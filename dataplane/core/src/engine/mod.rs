@@ -1,0 +1,1 @@
+//! The engine side: NBD transmission and fan-out to replicas.

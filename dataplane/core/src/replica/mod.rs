@@ -1,0 +1,1 @@
+//! The replica side: the store, its sessions, the resync puller.

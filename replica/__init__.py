@@ -1,0 +1,1 @@
+"""One disk's replicas: metadata, sessions, the server process. Sibling of engine."""

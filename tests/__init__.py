@@ -1,0 +1,1 @@
+"""Tests: one folder a piece; what crosses pieces is in tests/system and tests/faults."""
