@@ -35,7 +35,8 @@ $(STAMPS)/venv: requirements.lock | $(STAMPS)/packages
 
 $(STAMPS)/built: $(STAMPS)/venv $(RUST_SOURCES) pyproject.toml
 	@echo "compiling the data plane"
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --locked -q
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --locked -q -m dataplane/binding/Cargo.toml
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: build  ## the main job: a replicated volume loses a replica and nobody notices
@@ -69,3 +70,7 @@ sizes:
 
 clean:
 	rm -rf $(STAMPS) $(VENV) dataplane/target *.so
+
+# How the lock file is made again: with uv, from pyproject.toml.
+lock:
+	uv pip compile -q --python-version 3.11 --generate-hashes --extra dev --extra bench pyproject.toml -o requirements.lock --no-emit-index-url --no-header

@@ -56,7 +56,8 @@ class ReplicaLoop:
         """Regions whose stamp is newer than (epoch, version); (0, 0) gives every region ever written."""
 
     def begin_resync(self, volume_id: str, regions: list[int]) -> None:
-        """Mark these regions dirty, durably. From now on remember, for these regions, which blocks live writes have made fresh.
+        """Mark these regions dirty, durably. From now on remember, for these regions, which blocks
+        live writes have made fresh.
         Replaces an earlier set."""
 
     def pull_regions(self, volume_id: str, fd: int, epoch: int, regions: list[int]) -> dict[str, int]:
