@@ -24,6 +24,10 @@ PROTOCOL_VERSION = 1
 NONCE_BYTES = 32
 KEY_BYTES = 32
 
+HELLO_BYTES_MAX = 16 * 1024
+"""Largest message of a hello. Bounds what a peer that has proved nothing can make us hold; an
+error with its longest message fits."""
+
 
 class Role(Enum):
     CONTROL = "control"  # control calls, until the connection closes

@@ -21,7 +21,12 @@ from protocol.errors import ProtocolViolation, StorageError, Timeout, Unreachabl
 from protocol.limits import RPC_BYTES_MAX, RPC_TIMEOUT_S
 
 CALLS_IN_FLIGHT_MAX = 64
-"""Per connection, at the server. Past it the server stops reading: backpressure."""
+"""Per connection, at the server, from the arrival of a call until its reply is handed to the
+kernel. Past it the server stops reading: backpressure."""
+
+LIST_ITEMS_MAX = 64 * 1024
+"""Longest list or map in a message. Long lists of numbers travel packed (``protocol.regions``),
+so only a hostile header asks for more, and it would be allocated before its items are seen."""
 
 LENGTH = struct.Struct("<I")
 
@@ -37,7 +42,9 @@ def pack(message: Any) -> bytes:
 def unpack(body: bytes) -> Any:
     """Raises ProtocolViolation for anything that is not one msgpack value."""
     try:
-        return msgpack.unpackb(body, raw=False, strict_map_key=True, max_buffer_size=RPC_BYTES_MAX)
+        return msgpack.unpackb(
+            body, raw=False, strict_map_key=True, max_array_len=LIST_ITEMS_MAX, max_map_len=LIST_ITEMS_MAX
+        )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise ProtocolViolation(expected="msgpack", got=type(error).__name__) from error
 
