@@ -164,6 +164,22 @@ class DiskError(StorageError):
     code = "disk_error"
 
 
+class DiskRefused(StorageError):
+    """{path} is not served: {reason}
+
+    Nothing was written to it. What is there may be somebody's data (C22).
+    """
+
+    code = "disk_refused"
+
+
+class SourceFailed(StorageError):
+    """Volume {volume}: the source of a resync failed: {reason}"""
+
+    code = "source_failed"
+    retryable = True
+
+
 class NotEnoughNodes(StorageError):
     """{wanted} replicas need {wanted} nodes that are up; there are {available}."""
 
