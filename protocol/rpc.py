@@ -86,7 +86,7 @@ class RpcClient:
             raise Unreachable(peer=path, reason=str(error) or "no answer") from error
         return cls(reader, writer, peer=path)
 
-    async def call(self, name: str, *, timeout_s: float = RPC_TIMEOUT_S, **args: Any) -> Any:
+    async def call(self, name: str, /, *, timeout_s: float = RPC_TIMEOUT_S, **args: Any) -> Any:
         """Raises the peer's error, Unreachable when the connection is lost, or Timeout."""
         if self._failure is not None:
             raise Unreachable(peer=self.peer, reason=self._failure)
