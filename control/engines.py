@@ -23,7 +23,7 @@ import structlog
 
 from control.layout import Layout, prepare_runtime_dir, write_private
 from control.links import Link, engine_link
-from control.listeners import LOOPBACK, listen_tcp, listen_unix
+from control.listeners import listen_tcp, listen_unix
 from control.processes import Process, Programs, adopt, find, spawn
 from control.reconcile import EngineSeen
 from protocol.errors import StorageError
@@ -299,9 +299,3 @@ class EngineSlot:
     async def close_link(self) -> None:
         if self._link is not None:
             await self._link.close()
-
-    def nbd_uri(self) -> str:
-        return f"nbd+unix:///{self.name}?socket={self._layout.nbd_socket(self.name)}"
-
-    def nbd_tcp_uri(self, port: int) -> str:
-        return f"nbd://{LOOPBACK}:{port}/{self.name}"
