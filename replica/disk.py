@@ -193,6 +193,9 @@ class Disk:
         assert is_volume_id(volume_id)
         return os.path.join(self.replicas_path, volume_id)
 
+    def has_replica(self, volume_id: str) -> bool:
+        return os.path.lexists(self.replica_path(volume_id))
+
     def begin_replica(self, volume_id: str) -> str:
         """Make the directory in which a replica is put together. Step 1 of creating."""
         path = self._unused_path(_NEW, volume_id)
@@ -203,7 +206,7 @@ class Disk:
         """Steps 2 to 4 of creating: the files themselves are durable already."""
         final = self.replica_path(volume_id)
         fsync_directory(temporary_path)
-        if os.path.lexists(final):
+        if self.has_replica(volume_id):
             raise DiskRefused(path=final, reason="something has this name already")
         os.rename(temporary_path, final)
         fsync_directory(self.replicas_path)

@@ -93,3 +93,8 @@ def detached(meta: ReplicaMeta, *, epoch: int) -> ReplicaMeta:
 def closed(meta: ReplicaMeta) -> ReplicaMeta:
     """The server stops; everything is flushed. The epoch stays open: its engine may come back."""
     return replace(meta, clean=True)
+
+
+def resized(meta: ReplicaMeta, *, size_bytes: int) -> ReplicaMeta:
+    assert size_bytes >= meta.size_bytes
+    return replace(meta, size_bytes=size_bytes)
