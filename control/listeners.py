@@ -69,12 +69,12 @@ def choose_port(seed: str, taken: frozenset[int] = frozenset()) -> int:
     first = hash_of(seed) % span
     for step in range(span):
         port = PORT_MIN + (first + step) % span
-        if port not in taken and _is_free(port):
+        if port not in taken and is_free(port):
             return port
     raise BadRequest(reason=f"no free TCP port from {PORT_MIN} to {PORT_MAX}")
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

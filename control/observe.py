@@ -158,7 +158,7 @@ def _membership(volume: Volume, engine: Mapping[str, Any] | None) -> MembershipV
             return MembershipView(epoch=stored.epoch, version=stored.version, in_sync=sorted(stored.in_sync))
 
 
-def _engine_view(slot: EngineSlot, volume: Volume, engine: Mapping[str, Any] | None) -> EngineView | None:
+def _engine_view(pid: int | None, volume: Volume, engine: Mapping[str, Any] | None) -> EngineView | None:
     if pid is None or volume.status.grant is None:
         return None
     return EngineView(

@@ -221,9 +221,13 @@ class NodeSupervisor:
         self._layout.disk_dir(self.name).mkdir(parents=True, exist_ok=True)
         ready = self._layout.ready_file(self.name)
         ready.unlink(missing_ok=True)
+        disk = await self._store.get(KIND_DISK, disk_name(self.name))
+        disk_id = DiskStatus.model_validate(disk.status).disk_id if disk else ""
         process = spawn(
             [
                 *self._arguments(),
+                # Known since its first start: an empty directory is then a missing mount, not a new disk.
+                *(("--disk-id", disk_id) if disk_id else ()),
                 *("--port", str(self.port)),
                 *("--key", os.fspath(self._layout.key)),
                 *("--ready-file", os.fspath(ready)),

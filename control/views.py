@@ -124,6 +124,11 @@ class VolumeView(Model):
     conditions: list[Condition]
 
 
+class VolumeDeleted(Model):
+    gone: bool
+    volume: VolumeView | None = Field(default=None, description="when it is not gone yet")
+
+
 class VolumeList(Model):
     volumes: list[VolumeView]
 
