@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import socket
@@ -62,6 +61,7 @@ ENGINE_GONE_ERRNOS = frozenset({errno.ENOENT, errno.ECONNREFUSED})
 """What connecting to the socket of a volume that is not attached says."""
 
 SOCKET_PATH_BYTES_MAX = 107
+TEMPORARY_SUFFIX = ".new"
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 Result = TypeVar("Result")
@@ -108,7 +108,7 @@ def config_complete() -> None:
         raise RequestFailed("reconnect_timeout= takes seconds, 0 or more")
     _config["reconnect_timeout"] = str(patience_s)
     # nbdkit changes its working directory when it goes to the background.
-    _config["dir"] = str(cluster_dir().absolute())
+    _config["dir"] = os.path.abspath(cluster_dir())
 
 
 def thread_model() -> int:
@@ -132,19 +132,19 @@ def cluster_dir() -> Path:
 
 
 def socket_path() -> Path:
-    """Where the engine listens: in the volume's directory, or where the daemon says it put sockets
-    because that path would be too long for one. Asked for at each attempt: it may change."""
+    """Where the engine listens: in the volume's directory, or, when that path is too long for a
+    socket's, in a short private one. The rule is the daemon's (``control/layout.py``); a test
+    compares the two."""
     volume = _config["volume"]
-    path = cluster_dir() / "volumes" / volume / "nbd.sock"
-    if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX and path.exists():
+    directory = os.path.abspath(cluster_dir())
+    path = Path(directory) / "volumes" / volume / "nbd.sock"
+    if len(os.fsencode(path)) + len(TEMPORARY_SUFFIX) <= SOCKET_PATH_BYTES_MAX:
         return path
-    try:
-        runtime = json.loads((cluster_dir() / "daemon.json").read_bytes()).get("runtime_dir")
-    except (OSError, ValueError, AttributeError):
-        return path
-    if not isinstance(runtime, str) or not private(Path(runtime)):
-        return path
-    return Path(runtime) / f"{hashlib.sha256(volume.encode()).hexdigest()[:16]}.nbd.sock"
+    digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    runtime = Path(f"/tmp/dolmen-{os.getuid()}-{digest}")
+    if runtime.exists() and not private(runtime):
+        raise fail(errno.EPERM, f"{runtime} is not a private directory of ours; nothing in it is trusted")
+    return runtime / f"{hashlib.sha256(volume.encode()).hexdigest()[:16]}.nbd.sock"
 
 
 def private(directory: Path) -> bool:
@@ -153,7 +153,7 @@ def private(directory: Path) -> bool:
         found = directory.lstat()
     except OSError:
         return False
-    return stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 def unreachable(path: Path, error_number: int | None, reason: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from control.layout import Layout
 from tests.support.nbd_library import nbd
 from tests.support.processes import Started, accepts, run, running
 
@@ -250,17 +251,26 @@ def test_the_cluster_is_found_by_the_environment(stack: Stack) -> None:
     assert done.stdout.strip() == str(SIZE)
 
 
-def test_a_socket_in_the_runtime_directory_is_found(stack: Stack, tmp_path: Path) -> None:
-    runtime = tmp_path / "run"
+@pytest.mark.parametrize("padding", [1, 60, 120])
+def test_the_socket_is_looked_for_where_the_daemon_puts_it(tmp_path: Path, padding: int) -> None:
+    directory = tmp_path / ("d" * padding)
+    expected = Layout(directory).nbd_socket("v1")
+    command = ["nbdkit", "-f", "-U", "-", "python", PLUGIN, "volume=v1", f"dir={directory}/x/.."]
+    done = run(*command, check=False)
+    assert f"nothing listens at {expected}." in done.stdout
+
+
+def test_a_socket_that_others_could_have_made_is_not_trusted(tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * 120)
+    runtime = Layout(directory).runtime
     runtime.mkdir(mode=0o700)
-    (stack.dir / "daemon.json").write_text(json.dumps({"runtime_dir": str(runtime)}))
-    stack.engine_socket = runtime / f"{hashlib.sha256(b'v1').hexdigest()[:16]}.nbd.sock"
-    with stack.engine(), stack.front():
-        assert stack.client().get_size() == SIZE
-    runtime.chmod(0o777)
-    with stack.engine():
-        done = run("nbdkit", "-f", "-U", "-", "python", PLUGIN, "volume=v1", f"dir={stack.dir}", check=False)
-    assert "not attached" in done.stdout, "a directory that others may write to is not trusted"
+    try:
+        runtime.chmod(0o777)
+        command = ["nbdkit", "-f", "-U", "-", "python", PLUGIN, "volume=v1", f"dir={directory}"]
+        done = run(*command, check=False)
+    finally:
+        runtime.rmdir()
+    assert "is not a private directory of ours" in done.stdout
 
 
 def test_an_engine_that_restarts_is_a_pause(stack: Stack, tmp_path: Path) -> None:
