@@ -120,10 +120,13 @@ class Replica:
             if self.state is ReplicaState.OPENING:
                 await self._open()
 
-    async def _open(self) -> None:
+    async def _open(self, *, distrust_cache: bool = False) -> None:
         assert self._lock.locked()
         try:
             self.meta = self._durable = meta = await self._read_meta()
+            if meta.suspect or distrust_cache:
+                # The page cache lies after a failed sync: what it holds as clean may not be on the disk.
+                await self._io.run_long(_drop_cache, self.path)
             found = await self._io.open_store(
                 self.volume_id,
                 self.path,
@@ -193,10 +196,7 @@ class Replica:
             await self._io.close_store(self.volume_id)
         except StorageError as error:
             log.info("failed store closed volume=%s error=%s", self.volume_id, error)
-        if self.meta is not None:
-            # The page cache lies after a failed sync: what it holds as clean may not be on the disk.
-            await self._io.run_long(_drop_cache, self.path)
-        await self._open()
+        await self._open(distrust_cache=True)
         if self.state is ReplicaState.OPEN and suspect and not self._known().suspect:
             self.meta = epochs.store_failed(self._known())  # it could not be persisted then
             self._doubtful = set(await self._io.dirty_regions(self.volume_id))
