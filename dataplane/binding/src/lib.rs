@@ -3,10 +3,12 @@
 use pyo3::prelude::*;
 
 mod engine;
+mod errors;
 mod replica;
 
 #[pymodule]
 fn _dataplane(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    errors::register(module)?;
     engine::register(module)?;
     replica::register(module)?;
     Ok(())
