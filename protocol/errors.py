@@ -1,11 +1,23 @@
 """Every error that crosses a process border. ``code`` never changes; messages may.
 
 An error travels as ``{"code", "message", "fields"}``; ``from_wire`` makes the class again.
+A class's message is the first paragraph of its docstring, filled with the error's fields; what
+follows the first empty line is for whoever reads the code.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
+
+MESSAGE_CHARS_MAX = 2000
+"""Of a message from a peer: enough for a path and a reason, too little to fill a log."""
+
+
+class _Fields(dict[str, Any]):
+    """A message about a failure must not fail itself: a field nobody gave shows its name."""
+
+    def __missing__(self, name: str) -> str:
+        return "{" + name + "}"
 
 
 class StorageError(Exception):
@@ -20,30 +32,47 @@ class StorageError(Exception):
     _classes: ClassVar[dict[str, type[StorageError]]] = {}
 
     def __init__(self, message: str = "", **fields: Any) -> None:
-        super().__init__(message or self.template().format_map(fields))
+        super().__init__(message or self.template().format_map(_Fields(fields)))
         self.fields = fields
 
     @classmethod
     def template(cls) -> str:
-        return (cls.__doc__ or cls.code).split("\n", 1)[0]
+        first, *_ = (cls.__doc__ or cls.code).split("\n\n", 1)
+        return " ".join(first.split())
 
     def __init_subclass__(cls) -> None:
         assert cls.code not in StorageError._classes, f"two errors with code {cls.code}"
         StorageError._classes[cls.code] = cls
 
     def to_wire(self) -> dict[str, Any]:
-        return {"code": self.code, "message": str(self), "fields": self.fields}
+        fields = {name: _plain(value) for name, value in self.fields.items()}
+        return {"code": self.code, "message": _plain(str(self)), "fields": fields}
+
+
+def _plain(value: Any) -> Any:
+    """A value that travels: what is not a number, text or a list of them becomes its text."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return str(value)
+    if value is None or isinstance(value, bytes | int | float):
+        return value
+    return str(value).encode(errors="replace").decode()  # a path's bytes may be no text
 
 
 def from_wire(wire: Any) -> StorageError:
-    """Make an error of what a peer sent. An unknown code stays readable and is not retried."""
+    """Make an error of what a peer sent. An unknown code stays readable (``fields["code"]``) and is
+    not retried."""
     if not isinstance(wire, dict):
         return ProtocolViolation(expected="an error", got=type(wire).__name__)
     fields = wire.get("fields")
     kept = {str(k): v for k, v in fields.items()} if isinstance(fields, dict) else {}
-    cls = StorageError._classes.get(str(wire.get("code")), StorageError)
+    code = str(wire.get("code"))[:100]
+    cls = StorageError._classes.get(code, StorageError)
+    if cls is StorageError:
+        kept.setdefault("code", code)
     error = cls.__new__(cls)
-    Exception.__init__(error, str(wire.get("message", ""))[:2000])
+    Exception.__init__(error, str(wire.get("message") or code)[:MESSAGE_CHARS_MAX])
     error.fields = kept
     return error
 
@@ -133,6 +162,22 @@ class DiskError(StorageError):
     """The disk under {path} failed: {reason}"""
 
     code = "disk_error"
+
+
+class DiskRefused(StorageError):
+    """{path} is not served: {reason}
+
+    Nothing was written to it. What is there may be somebody's data (C22).
+    """
+
+    code = "disk_refused"
+
+
+class SourceFailed(StorageError):
+    """Volume {volume}: the source of a resync failed: {reason}"""
+
+    code = "source_failed"
+    retryable = True
 
 
 class NotEnoughNodes(StorageError):

@@ -24,6 +24,13 @@ PROTOCOL_VERSION = 1
 NONCE_BYTES = 32
 KEY_BYTES = 32
 
+ID_CHARS_MAX = 200
+"""Of a volume id or an engine id: ours are uuids with a word before them."""
+
+HELLO_BYTES_MAX = 16 * 1024
+"""Largest message of a hello. Bounds what a peer that has proved nothing can make us hold; an
+error with its longest message fits."""
+
 
 class Role(Enum):
     CONTROL = "control"  # control calls, until the connection closes
@@ -99,7 +106,13 @@ def parse_hello(wire: Any, *, key: bytes, nonce: bytes) -> Hello:
             "epoch": int(epoch),
             "engine_id": str(engine_id),
             "proof": bytes(proof),
-        } if role in {r.value for r in Role} and 0 <= epoch < 2**63 and len(engine_id) <= 200:
+        } if (
+            role in {r.value for r in Role}
+            and 0 <= epoch < 2**63
+            and len(volume_id) <= ID_CHARS_MAX
+            and len(engine_id) <= ID_CHARS_MAX
+            and "\0" not in volume_id + engine_id  # it separates the fields under the proof
+        ):
             expected = prove(key, nonce, Role(role), volume_id, epoch, engine_id)
             if not hmac.compare_digest(expected, proof):
                 raise NotAuthenticated()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol.errors import ProtocolViolation
+from protocol.hello import ID_CHARS_MAX
+from protocol.limits import REPLICAS_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,11 @@ def parse_record(wire: Any) -> MembershipRecord:
     """Raises ProtocolViolation."""
     match wire:
         case {"epoch": int(epoch), "version": int(version), "in_sync": list(members)} if (
-            0 <= epoch < 2**63 and 0 <= version < 2**31 and all(isinstance(m, str) for m in members)
+            0 <= epoch < 2**63
+            and 0 <= version < 2**31
+            and len(members) <= REPLICAS_MAX
+            and len(set(map(str, members))) == len(members)
+            and all(isinstance(m, str) and 0 < len(m) <= ID_CHARS_MAX for m in members)
         ):
             return MembershipRecord(epoch, version, frozenset(members))
         case _:
@@ -37,5 +43,6 @@ def parse_record(wire: Any) -> MembershipRecord:
 
 def majority(replica_count: int) -> int:
     """How many replicas a record needs to be committed without the state store."""
+    assert 1 <= replica_count <= REPLICAS_MAX
     # Written out: rounding rules are easy to get wrong.
     return {1: 1, 2: 2, 3: 2, 4: 3, 5: 3}[replica_count]

@@ -11,6 +11,7 @@ concurrently, up to CALLS_IN_FLIGHT_MAX.
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,9 +22,16 @@ from protocol.errors import ProtocolViolation, StorageError, Timeout, Unreachabl
 from protocol.limits import RPC_BYTES_MAX, RPC_TIMEOUT_S
 
 CALLS_IN_FLIGHT_MAX = 64
-"""Per connection, at the server. Past it the server stops reading: backpressure."""
+"""Per connection, at the server, from the arrival of a call until its reply is handed to the
+kernel. Past it the server stops reading: backpressure."""
+
+LIST_ITEMS_MAX = 64 * 1024
+"""Longest list or map in a message. Long lists of numbers travel packed (``protocol.regions``),
+so only a hostile header asks for more, and it would be allocated before its items are seen."""
 
 LENGTH = struct.Struct("<I")
+
+log = logging.getLogger("dolmen.rpc")
 
 Handler = Callable[[str, dict[str, Any]], Awaitable[Any]]
 
@@ -37,7 +45,9 @@ def pack(message: Any) -> bytes:
 def unpack(body: bytes) -> Any:
     """Raises ProtocolViolation for anything that is not one msgpack value."""
     try:
-        return msgpack.unpackb(body, raw=False, strict_map_key=True, max_buffer_size=RPC_BYTES_MAX)
+        return msgpack.unpackb(
+            body, raw=False, strict_map_key=True, max_array_len=LIST_ITEMS_MAX, max_map_len=LIST_ITEMS_MAX
+        )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise ProtocolViolation(expected="msgpack", got=type(error).__name__) from error
 
@@ -64,7 +74,7 @@ class RpcClient:
         self._writer = writer
         self._next_id = 1
         self._waiting: dict[int, asyncio.Future[Any]] = {}
-        self._failure: StorageError | None = None
+        self._failure: str | None = None
         self.lost = asyncio.Event()
         self._pump = asyncio.get_running_loop().create_task(self._read(), name=f"rpc {peer}")
 
@@ -76,10 +86,10 @@ class RpcClient:
             raise Unreachable(peer=path, reason=str(error) or "no answer") from error
         return cls(reader, writer, peer=path)
 
-    async def call(self, name: str, *, timeout_s: float = RPC_TIMEOUT_S, **args: Any) -> Any:
+    async def call(self, name: str, /, *, timeout_s: float = RPC_TIMEOUT_S, **args: Any) -> Any:
         """Raises the peer's error, Unreachable when the connection is lost, or Timeout."""
         if self._failure is not None:
-            raise self._failure
+            raise Unreachable(peer=self.peer, reason=self._failure)
         call_id, self._next_id = self._next_id, self._next_id + 1
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting[call_id] = future
@@ -105,7 +115,7 @@ class RpcClient:
                     case _:
                         raise ProtocolViolation(expected="a reply", got="something else")
         except (OSError, asyncio.IncompleteReadError, ProtocolViolation) as error:
-            self._fail(Unreachable(peer=self.peer, reason=str(error) or type(error).__name__))
+            self._fail(str(error) or type(error).__name__)
 
     def _settle(self, call_id: int, result: Any, error: StorageError | None) -> None:
         future = self._waiting.get(call_id)
@@ -116,55 +126,64 @@ class RpcClient:
         else:
             future.set_exception(error)
 
-    def _fail(self, error: StorageError) -> None:
-        self._failure = error
+    def _fail(self, reason: str) -> None:
+        if self._failure is None:
+            self._failure = reason
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(Unreachable(peer=self.peer, reason=reason))
         self._writer.close()
         self.lost.set()
 
     async def close(self) -> None:
-        self._fail(Unreachable(peer=self.peer, reason="closed here"))
+        self._fail("closed here")
         self._pump.cancel()
         await asyncio.gather(self._pump, return_exceptions=True)
 
 
 async def serve_calls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler) -> None:
-    """Answer calls until the peer closes. Calls under way are cancelled when it does.
+    """Answer calls until the peer closes or breaks the protocol. Calls under way are cancelled then:
+    a handler that must not stop in the middle shields itself.
 
-    A StorageError becomes an error reply; any other exception is a bug of ours: the peer gets
-    ``internal``, and the exception is logged by the caller of this function's task.
+    A StorageError becomes an error reply. Any other exception is a bug of ours: it is logged, the peer
+    gets ``internal``, and the other calls go on.
     """
     slots = asyncio.Semaphore(CALLS_IN_FLIGHT_MAX)
-    bugs: list[BaseException] = []
 
     async def answer(call_id: int, name: str, args: dict[str, Any]) -> None:
         try:
-            reply = {"id": call_id, "ok": await handler(name, args)}
-        except StorageError as error:
-            reply = {"id": call_id, "error": error.to_wire()}
-        except Exception as error:  # noqa: BLE001 - a bug of ours must not take the other calls with it
-            bugs.append(error)
-            reply = {"id": call_id, "error": {"code": "internal", "message": f"internal error in {name}"}}
-        finally:
-            slots.release()
-        try:
-            await write_message(writer, reply)
+            writer.write(await _reply(handler, call_id, name, args))
+            await writer.drain()
         except OSError:
             pass  # the peer is gone; the read loop ends as well
+        finally:
+            slots.release()
 
     async with asyncio.TaskGroup() as tasks:
+        running: set[asyncio.Task[None]] = set()
         try:
             while True:
                 match await read_message(reader):
                     case {"id": int(call_id), "call": str(name), "args": dict(args)}:
                         await slots.acquire()
-                        tasks.create_task(answer(call_id, name, args), name=f"call {name}")
+                        task = tasks.create_task(answer(call_id, name, args), name=f"call {name[:100]}")
+                        running.add(task)
+                        task.add_done_callback(running.discard)
                     case _:
                         raise ProtocolViolation(expected="a call", got="something else")
         except (OSError, asyncio.IncompleteReadError, ProtocolViolation):
-            for task in list(getattr(tasks, "_tasks", ())):
+            for task in running:
                 task.cancel()
-    if bugs:
-        raise ExceptionGroup("calls that failed by a bug", [b for b in bugs if isinstance(b, Exception)])
+
+
+async def _reply(handler: Handler, call_id: int, name: str, args: dict[str, Any]) -> bytes:
+    """Run one call; the packed reply."""
+    try:
+        return pack({"id": call_id, "ok": await handler(name, args)})
+    except StorageError as error:
+        return pack({"id": call_id, "error": error.to_wire()})
+    except Exception:  # a bug of ours must not take the other calls with it
+        log.exception("call %s failed by a bug", name[:100])
+        return pack(
+            {"id": call_id, "error": {"code": "internal", "message": f"internal error in {name[:100]}"}}
+        )

@@ -1,13 +1,12 @@
-//! The one exception of this module; the kinds are listed in _dataplane.pyi.
+//! The one exception of `_dataplane`: NativeError(kind, message). The doors translate it.
 
-use pyo3::create_exception;
-use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 
-create_exception!(_dataplane, NativeError, PyException);
+pyo3::create_exception!(_dataplane, NativeError, pyo3::exceptions::PyException);
 
+/// `kind` is one of the words that _dataplane.pyi lists.
 pub fn native_error(kind: &str, message: &str) -> PyErr {
-    NativeError::new_err((kind.to_owned(), message.to_owned()))
+    NativeError::new_err((kind.to_string(), message.to_string()))
 }
 
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,1 +1,33 @@
-//! The engine side: NBD transmission and fan-out to replicas.
+//! The engine side: one attached volume. NBD clients on one side, links to replicas on the other.
+//! Called from engine/io_path.py through binding/src/engine.rs.
+//!
+//! ```text
+//!   NBD client ──► intake ──► plan (cut) ──► regions (may it go?) ──► requests (table) ──► link ──► replica
+//!              ◄── output ◄── readout      ◄── reading (verify)   ◄── answers        ◄──
+//! ```
+//!
+//! Pure, driven by events in tests: `nbd`, `plan`, `regions`, `requests`, `readout`, `spin`.
+//! Bytes and sockets: `buffers`, `client`, `link`. The shell that turns: `shell`, with `intake`,
+//! `answers`, `reading` and `upkeep` as its chapters. The door: `commands`.
+
+mod answers;
+mod buffers;
+mod client;
+mod commands;
+mod intake;
+mod limits;
+mod link;
+mod nbd;
+mod plan;
+mod reading;
+mod readout;
+mod regions;
+mod requests;
+mod shell;
+mod slab;
+mod spin;
+mod stats;
+mod upkeep;
+
+pub use commands::{ClientTerms, Closed, EngineHandle, Event, Options};
+pub use stats::{SlotStats, StatsReport, LATENCY_BUCKETS};

@@ -1,0 +1,177 @@
+"""The daemon's HTTP face: a unix socket for this user, loopback TCP for whoever holds the token.
+
+Owns sockets, authentication, caps and the shape of errors. Does not own what a route does
+(``control/routes.py``).
+
+Promises: who proved nothing costs one connection and one header for HEADER_DEADLINE_S; past
+CONNECTIONS_MAX new connections are closed and the old ones stay; a bad request changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import os
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+from aiohttp import web
+
+from control.errors import NoSuchRoute, RequestTooLarge
+from control.http_input import BODY_BYTES_MAX, parse_body, parse_query
+from control.http_status import http_status
+from control.listeners import LOOPBACK, choose_port, listen_tcp, listen_unix
+from control.metrics import render
+from control.openapi import openapi
+from control.routes import PLAIN_ROUTES, ROUTES, Request, Route, System
+from protocol.errors import BadRequest, NotAuthenticated, StorageError
+
+CONNECTIONS_MAX = 256
+"""People, scripts, one Prometheus. Each costs tens of KiB."""
+
+HEADER_DEADLINE_S = 10.0
+"""From accept to the end of the first request's header."""
+
+BODY_DEADLINE_S = 10.0
+KEEPALIVE_S = 15.0
+SHUTDOWN_GRACE_S = 2.0
+
+SYSTEM = web.AppKey("system", System)
+TOKEN = web.AppKey("token", str)
+SPOKE = web.AppKey("spoke", weakref.WeakSet[Any])
+
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(system: System, *, token: str) -> web.Application:
+    app = web.Application(middlewares=[_errors, _authentication], client_max_size=BODY_BYTES_MAX)
+    app[SYSTEM], app[TOKEN], app[SPOKE] = system, token, weakref.WeakSet()
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, _answer(route))
+    app.router.add_get("/openapi.json", _openapi)
+    app.router.add_get("/metrics", _metrics)
+    return app
+
+
+def _answer(route: Route) -> Answer:
+    async def answer(request: web.Request) -> web.Response:
+        body = None
+        if route.body is not None:
+            body = parse_body(await _read(request), route.body)
+        query = parse_query(request.query, route.query)
+        result = await route.handler(request.app[SYSTEM], Request(request.match_info, query, body))
+        return web.Response(text=result.model_dump_json(), content_type="application/json")
+
+    return answer
+
+
+async def _read(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            return await request.read()
+    except TimeoutError as error:
+        raise BadRequest(reason=f"the body did not arrive within {BODY_DEADLINE_S:.0f} s") from error
+
+
+async def _openapi(request: web.Request) -> web.Response:
+    return web.json_response(openapi())
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    text = await render(request.app[SYSTEM].cluster)
+    return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Answer) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except StorageError as error:
+        return _error(error)
+    except web.HTTPNotFound:
+        return _error(NoSuchRoute(method=request.method, path=request.path[:100]))
+    except web.HTTPMethodNotAllowed as error:
+        response = _error(NoSuchRoute(method=request.method, path=request.path[:100]))
+        response.set_status(405)
+        response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+        return response
+    except web.HTTPRequestEntityTooLarge:
+        return _error(RequestTooLarge(limit_bytes=BODY_BYTES_MAX))
+    except Exception:  # noqa: BLE001 - a bug of ours: logged, and the client gets a clear answer
+        structlog.get_logger().exception("request failed by a bug", method=request.method, path=request.path)
+        return _error(StorageError("internal error; the daemon's log has it"))
+
+
+def _error(error: StorageError) -> web.Response:
+    return web.json_response(error.to_wire(), status=http_status(error), dumps=_dumps)
+
+
+def _dumps(wire: Any) -> str:
+    return json.dumps(wire, default=str)  # an error's fields may be of any kind
+
+
+_PUBLIC = {route.path for route in ROUTES if route.public} | PLAIN_ROUTES.keys()
+
+
+@web.middleware
+async def _authentication(request: web.Request, handler: Answer) -> web.StreamResponse:
+    request.app[SPOKE].add(request.protocol)
+    resource = request.match_info.route.resource
+    if resource is not None and resource.canonical in _PUBLIC:
+        return await handler(request)
+    sock = request.transport.get_extra_info("sockname") if request.transport else None
+    if isinstance(sock, tuple):  # TCP; the unix socket's mode is the proof there
+        offered = request.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(offered, f"Bearer {request.app[TOKEN]}".encode()):
+            raise NotAuthenticated("A token is needed: Authorization: Bearer, with what api.token holds.")
+    return await handler(request)
+
+
+@asynccontextmanager
+async def serve_api(app: web.Application, *, socket_path: Path, port: int) -> AsyncIterator[str]:
+    """Listen until the block ends. Gives the TCP address. ``port`` 0: a free one."""
+    runner = web.AppRunner(
+        app, access_log=None, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=SHUTDOWN_GRACE_S
+    )
+    await runner.setup()
+    loop = asyncio.get_running_loop()
+
+    def accept() -> asyncio.BaseProtocol:
+        assert runner.server is not None
+        if len(runner.server.connections) >= CONNECTIONS_MAX:
+            return _Refusal()
+        protocol: web.RequestHandler = runner.server()
+        loop.call_later(HEADER_DEADLINE_S, _close_silent, app, weakref.ref(protocol))
+        return protocol
+
+    tcp = listen_tcp(port or choose_port(str(socket_path)), seed=str(socket_path))
+    address = f"{LOOPBACK}:{tcp.getsockname()[1]}"
+    servers = [
+        await loop.create_unix_server(accept, sock=listen_unix(socket_path)),
+        await loop.create_server(accept, sock=tcp),
+    ]
+    try:
+        yield address
+    finally:
+        for server in servers:
+            server.close()
+        await runner.cleanup()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(socket_path)
+
+
+def _close_silent(app: web.Application, reference: weakref.ref[Any]) -> None:
+    protocol = reference()
+    if protocol is not None and protocol not in app[SPOKE] and protocol.transport is not None:
+        protocol.transport.abort()
+
+
+class _Refusal(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()

@@ -1,0 +1,102 @@
+"""What engines may ask of the daemon: to hold a membership record durably.
+
+Owns the socket ``engine-rpc.sock`` and the rule by which a record enters the state store: only from
+the holder of the newest epoch, and only newer than what is there. Does not own when a record is
+committed (that is the engine's, with the store as one voter).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from control.documents import Store
+from control.executor import change_volume_status
+from control.listeners import listen_unix
+from control.model import KIND_VOLUME, VolumeSpec, VolumeStatus, record_from_wire, record_of
+from protocol.errors import BadRequest, Conflict, StaleEpoch, VolumeNotFound
+from protocol.rpc import serve_calls
+
+CONNECTIONS_MAX = 1024
+"""One per engine; engines of one machine are far fewer."""
+
+
+class EngineCalls:
+    """Answers calls. Pure but for the store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._names: dict[str, str] = {}  # by volume id; ids are never used again
+
+    async def answer(self, call: str, args: dict[str, Any]) -> Any:
+        match call, args:
+            case "store.record", {"volume_id": str(volume_id), "epoch": int(epoch), "record": record}:
+                await self._record(volume_id, epoch, record)
+                return {}
+            case "store.record", _:
+                raise BadRequest(reason="store.record takes volume_id, epoch and record")
+            case _:
+                raise BadRequest(reason=f"there is no call {call[:100]}")
+
+    async def _record(self, volume_id: str, epoch: int, wire: Any) -> None:
+        """Durable when it returns. Repeating the same record is harmless."""
+        name = await self._name_of(volume_id)
+        record = record_from_wire(wire)
+
+        def change(status: VolumeStatus) -> VolumeStatus:
+            if epoch != status.epoch or record.epoch != epoch:
+                raise StaleEpoch(volume=name, offered=min(epoch, record.epoch), current=status.epoch)
+            if record == status.record:
+                return status
+            if (record.epoch, record.version) <= record_of(status).stamp:
+                raise Conflict(kind="record of volume", name=name, revision=status.record.version)
+            unknown = set(record.in_sync) - status.replica_size_bytes.keys()
+            if unknown or not record.in_sync:
+                raise BadRequest(reason=f"in_sync is empty or names replicas nobody knows: {sorted(unknown)}")
+            return status.model_copy(update={"record": record})
+
+        await change_volume_status(self._store, name, change)
+
+    async def _name_of(self, volume_id: str) -> str:
+        if volume_id not in self._names:
+            for document in await self._store.list(KIND_VOLUME):
+                self._names[VolumeSpec.model_validate(document.spec).volume_id] = document.name
+        name = self._names.get(volume_id)
+        found = await self._store.get(KIND_VOLUME, name) if name else None
+        if name is None or found is None or found.spec["volume_id"] != volume_id:
+            raise VolumeNotFound(volume=volume_id[:100])
+        return name
+
+
+@asynccontextmanager
+async def serve_engines(path: Path, calls: EngineCalls) -> AsyncIterator[None]:
+    """Listen until the block ends; then every connection is closed. The socket's mode is 0600: who
+    may connect is who may read our files anyway."""
+    connections: set[asyncio.Task[Any]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connections.add(task)
+        try:
+            if len(connections) <= CONNECTIONS_MAX:
+                await serve_calls(reader, writer, calls.answer)
+        finally:
+            connections.discard(task)
+            writer.close()
+
+    server = await asyncio.start_unix_server(serve, sock=listen_unix(path))
+    try:
+        yield
+    finally:
+        server.close()
+        for task in connections:
+            task.cancel()
+        await asyncio.gather(*connections, return_exceptions=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)

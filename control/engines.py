@@ -1,0 +1,301 @@
+"""One volume's engine process, as the daemon holds it: its sockets, its process, its control link.
+
+Owns the files ``nbd.sock``, ``engine.json`` and ``engine.log`` of a volume, and starting, finding
+again and ending its engine. Does not own when (``control/reconcile.py``) or under which epoch.
+
+A living engine is never disturbed by the daemon's own start or end: ``forget`` lets it go on, and
+``adopt`` finds it again by its exact arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from control.layout import Layout, prepare_runtime_dir, write_private
+from control.links import Link, engine_link
+from control.listeners import listen_tcp, listen_unix
+from control.processes import Process, Programs, adopt, find, spawn
+from control.reconcile import EngineSeen
+from protocol.errors import StorageError
+
+HELLO_INTERVAL_S = 0.02
+"""How often a starting engine is asked until it answers: part of the pause a client sees only when
+its engine was killed; 20 ms is a tenth of what Python needs to start."""
+
+HELLO_INTERVAL_MAX_S = 0.5
+PING_TIMEOUT_S = 5.0
+
+QUICK_DEATH_S = 5.0
+"""An engine that lived shorter than this was probably killed by what it found; the next one waits."""
+
+RESTART_WAIT_FIRST_S = 0.1
+RESTART_WAIT_MAX_S = 1.0
+"""The contract wants I/O within 2 s after a kill, so a crash loop is slowed only this much."""
+
+STOP_GRACE_S = 5.0
+DETACH_TIMEOUT_S = 60.0
+"""A clean detach flushes all replicas: seconds on a slow disk. Past this it is asked again."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What an engine is told; written as JSON. PROTOCOL.md, "What the daemon hands to a process"."""
+
+    volume_id: str
+    name: str
+    size_bytes: int
+    epoch: int
+    engine_id: str
+    node: str
+    replicas: list[dict[str, Any]]
+    record: dict[str, Any]
+
+
+class EngineSlot:
+    """``changed`` is called whenever what ``seen`` answers may have changed."""
+
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        programs: Programs,
+        *,
+        tasks: asyncio.TaskGroup,
+        changed: Callable[[], None],
+        now: Callable[[], float],
+    ) -> None:
+        self.name = name
+        self.unused_epoch = 0
+        self.last_end = ""
+        self._layout = layout
+        self._programs = programs
+        self._tasks = tasks
+        self._changed = changed
+        self._now = now
+        self._sockets: dict[str, socket.socket] = {}
+        self._process: Process | None = None
+        self._link: Link | None = None
+        self._greeting: asyncio.Task[None] | None = None
+        self._epoch: int | None = None
+        self._size_bytes: int | None = None
+        self._answering = False
+        self._answered_at_s = 0.0
+        self._started_at_s = 0.0
+        self._quick_deaths = 0
+        self._start_not_before_s = 0.0
+        self._ending_on_purpose = False
+        self._log = structlog.get_logger().bind(volume=name)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def link(self) -> Link | None:
+        """None unless a process lives."""
+        return self._link
+
+    @property
+    def wait_s(self) -> float:
+        return max(0.0, self._start_not_before_s - self._now())
+
+    @property
+    def has_sockets(self) -> bool:
+        return bool(self._sockets) or self._layout.nbd_socket(self.name).exists()
+
+    def seen(self) -> EngineSeen | None:
+        if self._process is None:
+            return None
+        silent_s = self._now() - max(self._answered_at_s, self._started_at_s)
+        return EngineSeen(self._epoch, self._size_bytes, self._answering, silent_s)
+
+    def _arguments(self) -> list[str]:
+        config = os.fspath(self._layout.engine_config(self.name))
+        return [*self._programs.engine, "--config", config]
+
+    def find_living(self) -> None:
+        """Adopt the engine an earlier daemon started, if one lives. Of several, the youngest: the
+        others hold older epochs, are fenced and end by themselves; we end them now."""
+        pids = find(self._arguments()[1:])
+        for pid in pids:
+            process = adopt(pid, self._arguments()[1:])
+            if process is None:
+                continue
+            if pid != pids[-1]:
+                process.signal(signal.SIGKILL)
+                continue
+            self._log.info("engine adopted", pid=pid)
+            self._hold(process, epoch=None, size_bytes=None)
+
+    def start(self, config: EngineConfig, *, tcp_port: int) -> None:
+        """Start the engine of ``config.epoch``. The caller wrote the grant before. Raises OSError or
+        BadRequest; then nothing was started."""
+        assert self._process is None and config.epoch == self.unused_epoch
+        self._layout.volume_dir(self.name).mkdir(parents=True, exist_ok=True)
+        self._open_sockets(tcp_port)
+        fds = {kind: sock.fileno() for kind, sock in self._sockets.items()}
+        content = {
+            "volume_id": config.volume_id,
+            "name": config.name,
+            "size_bytes": config.size_bytes,
+            "epoch": config.epoch,
+            "engine_id": config.engine_id,
+            "node": config.node,
+            "replicas": config.replicas,
+            "record": config.record,
+            "key_file": os.fspath(self._layout.key),
+            "daemon_socket": os.fspath(self._layout.engine_rpc_socket),
+            "control_socket": os.fspath(self._layout.engine_socket(self.name)),
+            "listeners": [{"fd": fd, "kind": kind} for kind, fd in fds.items()],
+        }
+        write_private(self._layout.engine_config(self.name), json.dumps(content, indent=1).encode())
+        process = spawn(
+            self._arguments(),
+            log=self._layout.engine_log(self.name),
+            cwd=self._layout.volume_dir(self.name),
+            pass_fds=list(fds.values()),
+        )
+        self.unused_epoch = 0
+        self._log.info("engine started", pid=process.pid, epoch=config.epoch)
+        self._hold(process, epoch=config.epoch, size_bytes=config.size_bytes)
+
+    def _open_sockets(self, tcp_port: int) -> None:
+        if "unix" not in self._sockets:
+            path = self._layout.nbd_socket(self.name)
+            if path.parent == self._layout.runtime:
+                prepare_runtime_dir(path.parent)
+            self._sockets["unix"] = listen_unix(path)
+        if tcp_port and "tcp" not in self._sockets:
+            self._sockets["tcp"] = listen_tcp(tcp_port, seed=self.name)
+
+    def _hold(self, process: Process, *, epoch: int | None, size_bytes: int | None) -> None:
+        self._process = process
+        self._epoch = epoch
+        self._size_bytes = size_bytes
+        self._answering = False
+        self._started_at_s = self._now()
+        self._ending_on_purpose = False
+        self._link = engine_link(os.fspath(self._layout.engine_socket(self.name)), volume=self.name)
+        self._greeting = self._tasks.create_task(
+            self._greet(process, self._link), name=f"greet engine of {self.name}"
+        )
+        process.on_exit(lambda: self._ended(process))
+        self._changed()
+
+    async def _greet(self, process: Process, link: Link) -> None:
+        """Ask until it answers. Ends with the process (``_ended`` cancels it)."""
+        interval_s = HELLO_INTERVAL_S
+        while process.alive:
+            try:
+                status = await link.call("engine.status", timeout_s=PING_TIMEOUT_S)
+            except StorageError:
+                status = None
+            epoch = status.get("epoch") if isinstance(status, dict) else None
+            # The path may still lead to the engine before this one, which is about to end.
+            if isinstance(status, dict) and isinstance(epoch, int) and self._epoch in (None, epoch):
+                self._epoch = epoch
+                self._size_bytes = int(status.get("size_bytes") or 0) or None
+                self.heard()
+                self._changed()
+                return
+            await asyncio.sleep(interval_s)
+            interval_s = min(interval_s * 1.2, HELLO_INTERVAL_MAX_S)
+
+    def heard(self) -> None:
+        self._answering = True
+        self._answered_at_s = self._now()
+
+    def grown(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+
+    def _ended(self, process: Process) -> None:
+        assert process is self._process
+        lived_s = self._now() - self._started_at_s
+        code = process.exit_code
+        how = (
+            "ended"
+            if code is None
+            else f"ended with exit code {code}"
+            if code >= 0
+            else f"was killed by signal {-code}"
+        )
+        if self._ending_on_purpose or code == 0:
+            self.last_end, self._quick_deaths = "", 0
+        else:
+            self.last_end = f"{how} after {lived_s:.1f} s; its log: {self._layout.engine_log(self.name)}"
+            self._quick_deaths = self._quick_deaths + 1 if lived_s < QUICK_DEATH_S else 0
+        # The first death in a row is answered at once, whatever its age.
+        if self._quick_deaths > 1:
+            wait_s = min(RESTART_WAIT_MAX_S, RESTART_WAIT_FIRST_S * 2 ** (self._quick_deaths - 2))
+            self._start_not_before_s = self._now() + wait_s
+        self._log.info("engine ended", pid=process.pid, how=how, lived_s=round(lived_s, 1))
+        self._let_go()
+        self._changed()
+
+    def _let_go(self) -> None:
+        if self._greeting is not None:
+            self._greeting.cancel()
+        if self._link is not None:
+            link = self._link
+            self._tasks.create_task(link.close(), name=f"close link {link.peer}")
+        self._process, self._link, self._greeting = None, None, None
+        self._epoch, self._size_bytes, self._answering = None, None, False
+
+    async def detach(self) -> None:
+        """Flush, clean, end. Returns when the process has ended. Raises what the engine answers."""
+        process, link = self._process, self._link
+        if process is None or link is None:
+            return
+        self._ending_on_purpose = True
+        try:
+            await link.call("engine.detach", timeout_s=DETACH_TIMEOUT_S)
+        except StorageError:
+            if process.alive:
+                raise
+        try:
+            async with asyncio.timeout(STOP_GRACE_S):
+                await process.ended.wait()
+        except TimeoutError:
+            self._log.warning("engine lingered after a detach", pid=process.pid)
+            await process.kill()
+
+    async def end(self) -> None:
+        """SIGTERM, then SIGKILL. Nothing acknowledged is lost: an engine has no volatile cache."""
+        if self._process is not None:
+            self._ending_on_purpose = True
+            await self._process.stop(grace_s=STOP_GRACE_S)
+
+    def remove_sockets(self) -> None:
+        for sock in self._sockets.values():
+            sock.close()
+        self._sockets.clear()
+        self._layout.nbd_socket(self.name).unlink(missing_ok=True)
+        self._layout.engine_socket(self.name).unlink(missing_ok=True)
+        self._layout.engine_config(self.name).unlink(missing_ok=True)
+
+    def remove_files(self) -> None:
+        assert self._process is None
+        shutil.rmtree(self._layout.volume_dir(self.name), ignore_errors=True)
+
+    def forget(self) -> None:
+        """The daemon ends; the engine goes on."""
+        if self._process is not None:
+            self._process.forget()
+        for sock in self._sockets.values():
+            sock.close()
+        if self._greeting is not None:
+            self._greeting.cancel()
+
+    async def close_link(self) -> None:
+        if self._link is not None:
+            await self._link.close()

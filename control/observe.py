@@ -1,0 +1,251 @@
+"""What is shown of volumes, replicas and nodes: documents joined with what the processes say now.
+
+Owns the words people read (``VolumeState``, ``ReplicaState``) and how they follow from what is known.
+Asks replica servers and engines at once, each with a short deadline: who does not answer is shown
+as not answering, and nobody waits for it. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from control.engines import EngineSlot
+from control.layout import Layout
+from control.links import ASK_TIMEOUT_S
+from control.listeners import LOOPBACK
+from control.model import Attachment, Volume
+from control.supervisor import NodeSupervisor
+from control.views import (
+    SERVING,
+    EngineView,
+    MembershipView,
+    NodeView,
+    ReplicaState,
+    ReplicaView,
+    ResyncView,
+    VolumeState,
+    VolumeView,
+)
+from protocol.errors import StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSaid:
+    """What a replica server answered to server.status; empty when it did not."""
+
+    disk_id: str = ""
+    space_total_bytes: int | None = None
+    space_free_bytes: int | None = None
+    volumes: Mapping[str, Mapping[str, Any]] | None = None  # by volume id; None: it did not answer
+
+
+async def ask_server(supervisor: NodeSupervisor) -> ServerSaid:
+    try:
+        said = await supervisor.link.call("server.status", timeout_s=ASK_TIMEOUT_S)
+    except StorageError:
+        return ServerSaid()
+    if not isinstance(said, dict):
+        return ServerSaid()
+    volumes = said.get("volumes")
+    listed = volumes if isinstance(volumes, list) else []
+    return ServerSaid(
+        disk_id=str(said.get("disk_id", "")),
+        space_total_bytes=_int(said.get("space_total_bytes")),
+        space_free_bytes=_int(said.get("space_free_bytes")),
+        volumes={str(v.get("volume_id")): v for v in listed if isinstance(v, dict)},
+    )
+
+
+async def ask_servers(supervisors: Iterable[NodeSupervisor]) -> dict[str, ServerSaid]:
+    asked = list(supervisors)
+    answers = await asyncio.gather(*(ask_server(supervisor) for supervisor in asked))
+    return {supervisor.name: said for supervisor, said in zip(asked, answers, strict=True)}
+
+
+async def ask_engine(slot: EngineSlot) -> Mapping[str, Any] | None:
+    """engine.status, or None when there is no engine or it does not answer."""
+    link = slot.link
+    if link is None:
+        return None
+    try:
+        said = await link.call("engine.status", timeout_s=ASK_TIMEOUT_S)
+    except StorageError:
+        return None
+    if not isinstance(said, dict):
+        return None
+    slot.heard()
+    return said
+
+
+def volume_state(
+    volume: Volume, attachment: Attachment | None, engine: Mapping[str, Any] | None
+) -> VolumeState:
+    if volume.spec.deleting:
+        return VolumeState.DELETING
+    if attachment is None:
+        created = len(volume.status.replica_size_bytes) == len(volume.spec.replicas)
+        return VolumeState.DETACHED if created else VolumeState.CREATING
+    if attachment.spec.detaching:
+        return VolumeState.DETACHING
+    word = None if engine is None or engine.get("epoch") != volume.status.epoch else engine.get("state")
+    # An engine that speaks of a state we do not know is not yet serving as far as we can tell.
+    return VolumeState(word) if word in {state.value for state in SERVING} else VolumeState.ATTACHING
+
+
+def replica_state(
+    replica_id: str,
+    volume: Volume,
+    said_by_engine: Mapping[str, Any] | None,
+    said_by_server: Mapping[str, Any] | None,
+) -> tuple[ReplicaState, str]:
+    """The state and, unless it is in sync, the reason."""
+    if said_by_engine is not None:
+        word, reason = said_by_engine.get("state"), str(said_by_engine.get("reason") or "")
+        if word in {state.value for state in ReplicaState}:
+            return ReplicaState(word), reason
+    if said_by_server is None:
+        return ReplicaState.OFFLINE, "its replica server does not answer"
+    if said_by_server.get("state") != "open":
+        return ReplicaState.STALE, str(said_by_server.get("reason") or said_by_server.get("state"))
+    if replica_id not in volume.status.record.in_sync:
+        return ReplicaState.STALE, "it missed writes; it is resynced while the volume is attached"
+    return ReplicaState.IN_SYNC, ""
+
+
+def view_volume(
+    volume: Volume,
+    attachment: Attachment | None,
+    engine_pid: int | None,
+    servers: Mapping[str, ServerSaid],
+    supervisors: Mapping[str, NodeSupervisor],
+    engine: Mapping[str, Any] | None,
+    layout: Layout,
+) -> VolumeView:
+    state = volume_state(volume, attachment, engine)
+    record = _membership(volume, engine)
+    tcp_port = attachment.status.tcp_port if attachment else 0
+    return VolumeView(
+        name=volume.name,
+        volume_id=volume.spec.volume_id,
+        size_bytes=volume.status.size_bytes,
+        wanted_size_bytes=volume.spec.size_bytes,
+        replica_count=len(volume.spec.replicas),
+        state=state,
+        nbd_uri=nbd_uri(layout, volume.name) if state in SERVING else None,
+        nbd_tcp_uri=nbd_tcp_uri(tcp_port, volume.name) if state in SERVING and tcp_port else None,
+        epoch=volume.status.epoch,
+        membership=record,
+        engine=_engine_view(engine_pid, volume, engine),
+        replicas=_replica_views(volume, servers, supervisors, engine, layout),
+        conditions=list(volume.status.conditions),
+    )
+
+
+def _membership(volume: Volume, engine: Mapping[str, Any] | None) -> MembershipView:
+    """The engine's committed record is the newest; the store's may lag by a version."""
+    stored = volume.status.record
+    match engine:
+        case {"membership": {"epoch": int(epoch), "version": int(version), "in_sync": list(members)}} if (
+            epoch,
+            version,
+        ) >= (stored.epoch, stored.version):
+            return MembershipView(epoch=epoch, version=version, in_sync=sorted(map(str, members)))
+        case _:
+            return MembershipView(epoch=stored.epoch, version=stored.version, in_sync=sorted(stored.in_sync))
+
+
+def _engine_view(pid: int | None, volume: Volume, engine: Mapping[str, Any] | None) -> EngineView | None:
+    if pid is None or volume.status.grant is None:
+        return None
+    return EngineView(
+        node=volume.status.grant.node,
+        pid=pid,
+        answering=engine is not None,
+        clients=_count(engine.get("clients")) if engine else None,
+        waiting_for=engine.get("waiting_for") if engine else None,
+    )
+
+
+def _replica_views(
+    volume: Volume,
+    servers: Mapping[str, ServerSaid],
+    supervisors: Mapping[str, NodeSupervisor],
+    engine: Mapping[str, Any] | None,
+    layout: Layout,
+) -> list[ReplicaView]:
+    listed = engine.get("replicas") if engine else None
+    by_engine = {r.get("id"): r for r in listed if isinstance(r, dict)} if isinstance(listed, list) else {}
+    views = []
+    for place in volume.spec.replicas:
+        volumes = servers.get(place.node, ServerSaid()).volumes
+        said = volumes.get(volume.spec.volume_id, {}) if volumes is not None else None
+        if said == {}:
+            said = {"state": "missing", "reason": "the replica server does not hold it (yet)"}
+        state, reason = replica_state(place.id, volume, by_engine.get(place.id), said)
+        supervisor = supervisors.get(place.node)
+        path = layout.disk_dir(place.node) / "replicas" / volume.spec.volume_id
+        views.append(
+            ReplicaView(
+                id=place.id,
+                volume=volume.name,
+                node=place.node,
+                pid=supervisor.pid if supervisor else None,
+                state=state,
+                reason=reason,
+                path=str(said.get("path") or path) if said else str(path),
+                size_bytes=volume.status.replica_size_bytes.get(place.id, 0),
+                dirty_count=_int(said.get("dirty_count")) if said else None,
+                resync=_resync(by_engine.get(place.id)),
+            )
+        )
+    return views
+
+
+def _resync(said: Mapping[str, Any] | None) -> ResyncView | None:
+    match said:
+        case {
+            "resync": {
+                "regions_done": int(done),
+                "regions_total": int(total),
+                "bytes_copied": int(copied),
+            }
+        }:
+            return ResyncView(regions_done=done, regions_total=total, bytes_copied=copied)
+        case _:
+            return None
+
+
+def view_node(supervisor: NodeSupervisor, said: ServerSaid, layout: Layout) -> NodeView:
+    return NodeView(
+        name=supervisor.name,
+        state=supervisor.state.value,
+        pid=supervisor.pid,
+        address=f"{LOOPBACK}:{supervisor.port}" if supervisor.port else "",
+        path=str(layout.disk_dir(supervisor.name)),
+        disk_id=said.disk_id,
+        space_total_bytes=said.space_total_bytes,
+        space_free_bytes=said.space_free_bytes,
+        replica_count=len(said.volumes) if said.volumes is not None else None,
+        conditions=[supervisor.condition] if supervisor.condition else [],
+    )
+
+
+def nbd_uri(layout: Layout, name: str) -> str:
+    socket = quote(str(layout.nbd_socket(name)), safe="/")
+    return f"nbd+unix:///{name}?socket={socket}"
+
+
+def nbd_tcp_uri(port: int, name: str) -> str:
+    return f"nbd://{LOOPBACK}:{port}/{name}"
+
+
+def _int(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _count(value: Any) -> int | None:
+    return len(value) if isinstance(value, list | dict) else _int(value)

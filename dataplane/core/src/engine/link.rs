@@ -1,0 +1,90 @@
+//! One data link to a replica: the queue of frames that go out, the frame that comes in.
+//!
+//! Owns the socket. Which frames are under way is in `requests`; here are only their counts.
+
+use std::os::fd::OwnedFd;
+
+use rustix::event::epoll::EventFlags;
+
+use super::buffers::{Buf, SendQueue};
+use crate::frame::{Header, HEADER_BYTES};
+
+/// A reply whose payload has not arrived whole.
+pub struct Arriving {
+    pub header: Header,
+    pub buf: Buf,
+    pub filled: usize,
+}
+
+pub struct Link {
+    pub generation: u64,
+    pub fd: OwnedFd,
+    /// "sync": holds or gets everything, serves reads. Otherwise "resync": gets new writes only.
+    pub sync: bool,
+    pub out: SendQueue,
+    /// Part of a header.
+    pub head: [u8; HEADER_BYTES],
+    pub head_bytes: usize,
+    pub arriving: Option<Arriving>,
+    pub attached_us: u64,
+    pub reads_in_flight: u32,
+    pub writes_in_flight: u32,
+    /// A read of it took too long: others are asked first until it answers one.
+    pub slow: bool,
+    pub out_blocked: bool,
+    pub dirty: bool,
+    pub interest: EventFlags,
+}
+
+impl Link {
+    pub fn new(generation: u64, fd: OwnedFd, sync: bool, now_us: u64) -> Self {
+        Link {
+            generation,
+            fd,
+            sync,
+            out: SendQueue::new(),
+            head: [0; HEADER_BYTES],
+            head_bytes: 0,
+            arriving: None,
+            attached_us: now_us,
+            reads_in_flight: 0,
+            writes_in_flight: 0,
+            slow: false,
+            out_blocked: false,
+            dirty: false,
+            interest: EventFlags::IN,
+        }
+    }
+
+    pub fn interest_wanted(&self) -> EventFlags {
+        if self.out_blocked {
+            EventFlags::IN | EventFlags::OUT
+        } else {
+            EventFlags::IN
+        }
+    }
+
+    pub fn is_busy(&self) -> bool {
+        self.reads_in_flight + self.writes_in_flight > 0
+    }
+
+    pub fn mode(&self) -> &'static str {
+        if self.sync {
+            "sync"
+        } else {
+            "resync"
+        }
+    }
+}
+
+/// Why a link ends; which event Python gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkEnd {
+    /// Closed, reset, or what it sent is not a frame.
+    Lost(String),
+    /// It answered a request with this status.
+    Failed(u32),
+    Stalled,
+    /// Python asked for it: no event.
+    Detached,
+}

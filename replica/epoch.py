@@ -1,0 +1,100 @@
+"""Who may write to a replica, and what its metadata becomes: pure functions, no I/O.
+
+Each takes the metadata as it is on disk and returns what must be on disk before the caller answers; an
+equal value means that nothing needs writing. ``calls.py`` is the shell.
+
+An epoch is *open* between its claim and its detach. Only then are sessions and epoch-carrying calls of
+that epoch accepted (C11).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from protocol.errors import BadRequest, StaleEpoch
+from protocol.membership import MembershipRecord
+from replica.metadata import ReplicaMeta
+
+
+def claim(meta: ReplicaMeta, *, epoch: int, engine_id: str, boot_id: str) -> ReplicaMeta:
+    """``engine_id`` takes ``epoch``. Repeatable by the same engine; the epoch of another is stale."""
+    assert engine_id
+    if epoch < meta.epoch or (epoch == meta.epoch and engine_id != meta.claimed_by):
+        raise StaleEpoch(volume=meta.volume_id, offered=epoch, current=meta.epoch)
+    return open_for_writing(replace(meta, epoch=epoch, claimed_by=engine_id), boot_id=boot_id)
+
+
+def open_for_writing(meta: ReplicaMeta, *, boot_id: str) -> ReplicaMeta:
+    """From here on acknowledged writes may live in this boot's page cache only."""
+    return replace(meta, clean=False, last_boot_id=boot_id)
+
+
+def check_epoch(meta: ReplicaMeta, epoch: int) -> None:
+    """Raises StaleEpoch unless ``epoch`` is current and open.
+
+    An epoch newer than ours was never claimed here: the caller is not fenced, it has to claim first,
+    so it must not be told that it is stale.
+    """
+    if epoch > meta.epoch:
+        raise BadRequest(reason=f"epoch {epoch} is not claimed here; current is {meta.epoch}")
+    if epoch < meta.epoch or not meta.claimed_by:
+        raise StaleEpoch(volume=meta.volume_id, offered=epoch, current=meta.epoch)
+
+
+def persist_record(meta: ReplicaMeta, *, epoch: int, record: MembershipRecord) -> ReplicaMeta:
+    """Repeatable. A record that does not name this replica is kept as well: it stamps what is written
+    from now on, but ``synced_at`` stays."""
+    check_epoch(meta, epoch)
+    if record.epoch != epoch:
+        raise BadRequest(reason=f"a record of epoch {record.epoch} under epoch {epoch}")
+    if record.stamp < meta.record.stamp:
+        raise BadRequest(reason=f"record {record.stamp} is older than {meta.record.stamp}")
+    if record.stamp == meta.record.stamp and record != meta.record:
+        raise BadRequest(reason=f"another record {record.stamp} is persisted here")
+    named = meta.replica_id in record.in_sync
+    return replace(meta, record=record, synced_at=record.stamp if named else meta.synced_at)
+
+
+def opened(meta: ReplicaMeta, *, boot_id: str, dirty_count: int) -> ReplicaMeta:
+    """The store was recovered. ``dirty_count``: regions whose mark was set, or unreadable.
+
+    What a lost page cache took with it lies in marked regions, since a mark is durable before the first
+    write; so without marks nothing was lost. ``last_boot_id`` moves only in open_for_writing: until then
+    another open must come to the same answer.
+    """
+    lost_cache = not meta.clean and meta.last_boot_id != boot_id
+    return replace(meta, suspect=meta.suspect or (lost_cache and dirty_count > 0))
+
+
+def store_failed(meta: ReplicaMeta) -> ReplicaMeta:
+    """A failed fdatasync: the page cache lies (C15). Its acknowledged writes may be gone."""
+    return replace(meta, suspect=True)
+
+
+def regions_completed(meta: ReplicaMeta, *, epoch: int, doubtful_count: int) -> ReplicaMeta:
+    """``doubtful_count``: regions that were dirty when this replica was opened, and that no engine has
+    made equal on all replicas since. At none, and with a record of this epoch that names it, a suspect
+    replica is trusted again. Not earlier: the record of an open comes before its reconcile, and an engine
+    that dies between the two must not leave a suspect that looks like a source."""
+    check_epoch(meta, epoch)
+    named = meta.record.epoch == epoch and meta.replica_id in meta.record.in_sync
+    return replace(meta, suspect=meta.suspect and not (named and doubtful_count == 0))
+
+
+def detached(meta: ReplicaMeta, *, epoch: int) -> ReplicaMeta:
+    """Every mark is cleared and everything flushed; the epoch is closed. Repeatable."""
+    if epoch == meta.epoch and not meta.claimed_by:
+        return meta
+    check_epoch(meta, epoch)
+    equal = regions_completed(meta, epoch=epoch, doubtful_count=0)
+    return replace(equal, claimed_by="", clean=True)
+
+
+def closed(meta: ReplicaMeta) -> ReplicaMeta:
+    """The server stops; everything is flushed. The epoch stays open: its engine may come back."""
+    return replace(meta, clean=True)
+
+
+def resized(meta: ReplicaMeta, *, size_bytes: int) -> ReplicaMeta:
+    assert size_bytes >= meta.size_bytes
+    return replace(meta, size_bytes=size_bytes)
