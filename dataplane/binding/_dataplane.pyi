@@ -49,7 +49,8 @@ class ReplicaLoop:
 
     def attach_session(self, volume_id: str, fd: int, epoch: int, role: str) -> int:
         """Give a connected socket, past its hello, to the loop. ``role``: "data" or "peer". The fd is
-        duplicated; the caller closes its own. Returns a session id. Raises stale_epoch."""
+        duplicated; the caller closes its own. Returns a session id. Raises stale_epoch. A data session
+        ends an earlier one of its volume, whose frames that were not applied yet never will be (C12)."""
 
     def dirty_regions(self, volume_id: str) -> list[int]: ...
     def changed_since(self, volume_id: str, epoch: int, version: int) -> list[int]:
