@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cli.output import DirOption, Exit, Output, OutputOption, fail, note, show_json, user_errors
 from control.client import Client, default_dir
-from protocol.errors import DaemonUnreachable
+from protocol.errors import DaemonUnreachable, StorageError
 
 READY_TIMEOUT_S = 60.0
 """Replica servers recover what an unclean stop left before they serve."""
@@ -23,6 +24,7 @@ DOWN_TIMEOUT_S = 90.0
 """Engines detach (20 s at most), then replica servers flush (20 s at most)."""
 
 POLL_S = 0.02
+STOP_POLL_S = 0.2
 EXIT_ALREADY_RUNNING = 5
 LOG_LINES = 5
 
@@ -41,14 +43,11 @@ def up(
     """
     client = Client(directory or default_dir())
     daemon = start_daemon(client, nodes, port)
-    wait_ready(client, daemon)
-    status = client.status()
-    if output is Output.JSON:
-        show_json(status)
-    else:
-        show_up(status, already=daemon is None)
     if daemon is not None and not detach:
-        _run_until_interrupted(client, daemon)
+        _run_in_foreground(client, daemon, output)
+        return
+    wait_ready(client, daemon)
+    _show_up(client, output, already=daemon is None)
 
 
 def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[bytes] | None:
@@ -110,7 +109,11 @@ def log_end(path: Path) -> list[str]:
     return lines[-LOG_LINES:]
 
 
-def show_up(status: dict[str, Any], *, already: bool) -> None:
+def _show_up(client: Client, output: Output, *, already: bool) -> None:
+    status = client.status()
+    if output is Output.JSON:
+        show_json(status)
+        return
     daemon = status["daemon"]
     count = len(status["nodes"])
     print(f"cluster {'was up already' if already else 'is up'}: {count} nodes in {daemon['dir']}")
@@ -123,22 +126,39 @@ def show_up(status: dict[str, Any], *, already: bool) -> None:
         note("next: dolmen volume create data --size 2GiB")
 
 
-def _run_until_interrupted(client: Client, daemon: subprocess.Popen[bytes]) -> None:
-    note("running in the foreground; Ctrl-C stops everything")
+def _run_in_foreground(client: Client, daemon: subprocess.Popen[bytes], output: Output) -> None:
+    """Until Ctrl-C or SIGTERM, which stop everything, also while it starts."""
 
     def interrupted(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupted)
     try:
+        wait_ready(client, daemon)
+        _show_up(client, output, already=False)
+        note("running in the foreground; Ctrl-C stops everything")
         code = daemon.wait()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         note("stopping everything")
-        stop_everything(client)
+        stop_started(client, daemon)
         return
     if code != 0:
         fail(f"the daemon ended with exit code {code}", f"its log: {client.layout.daemon_log}")
+
+
+def stop_started(client: Client, daemon: subprocess.Popen[bytes] | None) -> None:
+    """Stop a daemon that this process started, whatever it was doing, and everything it started."""
+    deadline_s = time.monotonic() + DOWN_TIMEOUT_S
+    while daemon is not None and daemon.poll() is None:
+        if time.monotonic() > deadline_s:
+            daemon.kill()
+        with contextlib.suppress(StorageError):  # it may not answer yet, or not any more
+            client.shutdown(everything=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            daemon.wait(STOP_POLL_S)
+    stop_everything(client)
 
 
 @user_errors
