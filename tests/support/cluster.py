@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from control.client import Client
 from tests.support.processes import is_alive, kill, run, wait_until
 
 DOLMEN = Path(sys.executable).parent / "dolmen"
@@ -74,9 +75,12 @@ class Cluster:
         self.dolmen("volume", "create", name, "--size", size, "--replicas", str(replicas))
 
     def attach(self, name: str) -> str:
-        """The NBD URI."""
-        self.dolmen("volume", "attach", name)
-        return str(self.show(name)["nbd_uri"])
+        """The NBD URI of its unix socket."""
+        return self.dolmen("volume", "attach", name).stdout.split()[0]
+
+    def attach_tcp(self, name: str) -> str:
+        self.dolmen("volume", "attach", name, "--tcp")
+        return str(self.show(name)["nbd_tcp_uri"])
 
     def create_and_attach(self, name: str, *, size: str = "64MiB", replicas: int = 3) -> str:
         self.create(name, size=size, replicas=replicas)
@@ -85,10 +89,13 @@ class Cluster:
     def detach(self, name: str) -> None:
         self.dolmen("volume", "detach", name)
 
+    def remove(self, name: str) -> None:
+        self.detach(name)
+        self.dolmen("volume", "rm", name)
+
     def show(self, name: str) -> dict[str, Any]:
-        found = self.json("volume", "show", name)
-        assert isinstance(found, dict)
-        return found
+        """What ``dolmen volume show NAME -o json`` prints, without starting a program: it is polled."""
+        return dict(Client(self.dir).volume(name))
 
     def verify(self, name: str) -> Any:
         """Raises when a replica differs or a checksum does not verify."""
@@ -114,6 +121,19 @@ class Cluster:
 
     def engine_pid(self, name: str) -> int:
         return int(self.show(name)["engine"]["pid"])
+
+    def wait_for_engine(self, name: str, *, other_than: int, timeout_s: float = HEALTHY_TIMEOUT_S) -> int:
+        """The pid of an engine that answers and is not ``other_than``."""
+        found: list[int] = []
+
+        def answers() -> bool:
+            engine = self.show(name)["engine"]
+            if engine and engine["answering"] and engine["pid"] != other_than:
+                found.append(int(engine["pid"]))
+            return bool(found)
+
+        wait_until(answers, timeout_s=timeout_s, what=f"another engine of volume {name}")
+        return found[0]
 
     def replica_pids(self, name: str) -> dict[str, int]:
         """Replica id to the pid of its server."""
