@@ -129,7 +129,8 @@ def test_a_guest_sees_no_error_when_the_engine_is_killed(volume: Volume) -> None
         done
         echo 3 >/proc/sys/vm/drop_caches
         for i in $(seq 1 400); do
-            [ "$(dd if=/dev/vda bs=4096 skip=$i count=1 2>/dev/null | head -c 10)" = "block $(printf %04d $i)" ]
+            found=$(dd if=/dev/vda bs=4096 skip=$i count=1 2>/dev/null | head -c 10)
+            [ "$found" = "block $(printf %04d $i)" ]
         done
         if dmesg | grep -i 'i/o error'; then exit 9; fi
         echo all there
