@@ -46,7 +46,7 @@ class Rig:
         self.io = FakeIo()
         self.background: set[asyncio.Task[None]] = set()
 
-    async def start(self, *, boot_id: str = "boot-1") -> None:
+    async def start(self, *, boot_id: str = "boot-1", open_all: bool = True) -> None:
         dirty = self.io.dirty
         self.io = FakeIo()
         self.io.dirty = dirty
@@ -56,7 +56,8 @@ class Rig:
         )
         self.calls = Calls(self.replicas)
         await self.replicas.load()
-        await self.replicas.open_all()
+        if open_all:
+            await self.replicas.open_all()
 
     async def kill(self) -> None:
         """The process dies: nothing is flushed or written."""
@@ -100,6 +101,13 @@ class Rig:
             await replica.attach(ours.fileno(), role=role, epoch=epoch)
             (session,) = (replica.data_sessions | replica.peer_sessions) - before
             return session
+
+    async def status(self, volume_id: str = VOLUME) -> dict[str, Any]:
+        """Its line in server.status, which changes nothing."""
+        volumes = (await self.calls("server.status", {}))["volumes"]
+        (found,) = [volume for volume in volumes if volume["volume_id"] == volume_id]
+        line: dict[str, Any] = found
+        return line
 
     @property
     def on_disk(self) -> Any:
@@ -541,7 +549,7 @@ def test_a_failed_store_is_suspect_and_opened_again_when_wanted(
         rig.io.dirty[VOLUME] = {3}
         rig.io.deliver(("store_failed", VOLUME, "fdatasync: I/O error"))
         await rig.settle()
-        answer = await rig.call("inspect")
+        answer = await rig.status()
         assert (answer["state"], answer["suspect"]) == ("failed", True)
         assert "fdatasync" in answer["reason"]
         assert rig.on_disk.suspect
@@ -586,6 +594,7 @@ def test_a_disk_that_refuses_at_open_is_failed_not_damaged_and_tried_again(
 
         monkeypatch.setattr(FakeIo, "open_store", refuse)
         await rig.start()
+        assert (await rig.status())["state"] == "failed"
         assert (await rig.call("inspect"))["state"] == "failed"
         with pytest.raises(DiskError):
             await rig.claim(1)
@@ -771,3 +780,48 @@ def test_a_name_that_appeared_under_replicas_is_not_overwritten(play: Play) -> N
         assert (stranger / "photo").read_text() == "mine"
 
     play(scenario)
+
+
+def test_a_call_about_a_replica_that_is_opening_waits_and_status_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path / "disk0")
+        await rig.start()
+        await rig.create()
+        await rig.kill()
+        gate, original = asyncio.Event(), FakeIo.open_store
+
+        async def slow(self: FakeIo, *args: Any, **kwargs: Any) -> dict[str, int]:
+            await gate.wait()
+            return await original(self, *args, **kwargs)
+
+        monkeypatch.setattr(FakeIo, "open_store", slow)
+        await rig.start(open_all=False)
+        opening = asyncio.ensure_future(rig.replicas.open_all())
+        inspecting, claiming = asyncio.ensure_future(rig.call("inspect")), asyncio.ensure_future(rig.claim(1))
+        assert (await rig.status())["state"] == "opening"
+        assert not inspecting.done() and not claiming.done()
+        gate.set()
+        await opening
+        assert (await inspecting)["state"] == "open"
+        assert (await claiming)["epoch"] == 1
+        await rig.kill()
+
+    asyncio.run(main())
+
+
+def test_a_replica_whose_opening_has_not_begun_can_be_deleted(tmp_path: Path) -> None:
+    async def main() -> None:
+        rig = Rig(tmp_path / "disk0")
+        await rig.start()
+        await rig.create()
+        await rig.kill()
+        await rig.start(open_all=False)
+        await rig.call("delete")
+        await rig.replicas.open_all()
+        await rig.settle()
+        assert os.listdir(rig.disk.replicas_path) == []
+        await rig.kill()
+
+    asyncio.run(main())

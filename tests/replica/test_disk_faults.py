@@ -110,7 +110,7 @@ def test_a_failed_sync_makes_the_replica_suspect_for_good(tmp_path: Path) -> Non
         ):
             assert await data.flush() is Status.IO_ERROR
             async with server.client() as client:
-                while (found := await client.inspect(VOLUME))["state"] == "open":
+                while (found := (await client.status())["volumes"][0])["state"] == "open":
                     pass  # each look is a call; the event is on its way
                 assert found["state"] == "failed"
                 assert "sync" in found["reason"] or "error" in found["reason"].lower()
