@@ -69,6 +69,7 @@ def qemu_img_convert(image: Path, uri: str) -> None:
 
 def nbdsh(image: Path, uri: str) -> None:
     script = (
+        "h.set_strict_mode(0)\n"  # libnbd itself would refuse what is below the advertised minimum
         f"h.connect_uri({uri!r})\n"
         f"data = open({str(image)!r}, 'rb').read()\n"
         "step = 1000000\n"  # nothing is aligned
@@ -134,7 +135,7 @@ def test_qemu_nbd_serves_the_volume_on(shared_volume: Volume, tmp_path: Path) ->
         ("--rw=randwrite", "--bs=4k", "--iodepth=32"),
         ("--rw=randrw", "--bs=512", "--iodepth=16"),
         ("--rw=write", "--bs=1M", "--iodepth=8"),
-        ("--rw=randwrite", "--bsrange=512-64k", "--bs_unaligned=1", "--iodepth=8", "--fsync=16"),
+        ("--rw=randwrite", "--bsrange=512-64k", "--iodepth=8", "--fsync=16"),
         ("--rw=randtrim", "--bs=64k", "--iodepth=8"),
     ],
 )
