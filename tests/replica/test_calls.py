@@ -6,13 +6,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from protocol.errors import (
     BadRequest,
@@ -23,122 +20,18 @@ from protocol.errors import (
     ReplicaNotFound,
     ShrinkRefused,
     StaleEpoch,
-    StorageError,
     VolumeExistsWithOtherSpec,
     VolumeInUse,
 )
 from protocol.hello import Role
-from protocol.membership import MembershipRecord
 from protocol.regions import pack_regions, unpack_regions
 from replica import replicas as replicas_module
-from replica.calls import Calls
-from replica.disk import Disk
 from replica.metadata import FILE_NAME, read_meta
-from replica.replicas import Replicas
-from tests.replica.fakes import KEY, SIZE_BYTES, VOLUME, FakeIo
+from tests.replica.fakes import SIZE_BYTES, VOLUME, FakeIo
+from tests.replica.rig import Play, Rig
 
 
-class Rig:
-    """One disk and the calls to it. ``restart()`` is a new process on the same disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.io = FakeIo()
-        self.background: set[asyncio.Task[None]] = set()
-
-    async def start(self, *, boot_id: str = "boot-1", open_all: bool = True) -> None:
-        dirty = self.io.dirty
-        self.io = FakeIo()
-        self.io.dirty = dirty
-        self.disk = Disk.open(str(self.path), node_id="node1", make_id=lambda: "disk-1")
-        self.replicas = Replicas(
-            self.disk, self.io, key=KEY, boot_id=boot_id, process_id="process-1", spawn=self.spawn
-        )
-        self.calls = Calls(self.replicas)
-        await self.replicas.load()
-        if open_all:
-            await self.replicas.open_all()
-
-    async def kill(self) -> None:
-        """The process dies: nothing is flushed or written."""
-        await self.settle()
-        self.disk.close()
-
-    async def restart(self, *, boot_id: str = "boot-1") -> None:
-        await self.kill()
-        await self.start(boot_id=boot_id)
-
-    def spawn(self, work: Any, name: str) -> None:
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self.background.add(task)
-        task.add_done_callback(self.background.discard)
-
-    async def settle(self) -> None:
-        await asyncio.gather(*self.background)
-
-    async def call(self, name: str, /, **args: Any) -> Any:
-        return await self.calls(f"replica.{name}", {"volume_id": VOLUME} | args)
-
-    async def create(self, **changed: Any) -> dict[str, Any]:
-        args = {"replica_id": "r1", "name": "data", "size_bytes": SIZE_BYTES} | changed
-        answer: dict[str, Any] = await self.call("create", **args)
-        return answer
-
-    async def claim(self, epoch: int, engine_id: str = "A") -> dict[str, Any]:
-        answer: dict[str, Any] = await self.call("claim", epoch=epoch, engine_id=engine_id)
-        return answer
-
-    async def persist(self, epoch: int, version: int, *members: str) -> None:
-        record = MembershipRecord(epoch, version, frozenset(members)).to_wire()
-        assert await self.call("persist_record", epoch=epoch, record=record) == {}
-
-    async def attach(self, epoch: int, role: Role = Role.DATA) -> int:
-        """A session; the peer's end is closed at once, which the fake does not notice."""
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            replica = self.replicas.get(VOLUME)
-            before = replica.data_sessions | replica.peer_sessions
-            await replica.attach(ours.fileno(), role=role, epoch=epoch)
-            (session,) = (replica.data_sessions | replica.peer_sessions) - before
-            return session
-
-    async def status(self, volume_id: str = VOLUME) -> dict[str, Any]:
-        """Its line in server.status, which changes nothing."""
-        volumes = (await self.calls("server.status", {}))["volumes"]
-        (found,) = [volume for volume in volumes if volume["volume_id"] == volume_id]
-        line: dict[str, Any] = found
-        return line
-
-    @property
-    def on_disk(self) -> Any:
-        return read_meta(self.disk.replica_path(VOLUME))
-
-
-Scenario = Callable[[Rig], Awaitable[None]]
-
-
-@pytest.fixture
-def play(tmp_path: Path) -> Callable[[Scenario], None]:
-    """Run a scenario on a fresh disk."""
-
-    def run(scenario: Scenario) -> None:
-        async def main() -> None:
-            rig = Rig(tmp_path / "disk0")
-            await rig.start()
-            await scenario(rig)
-            await rig.settle()
-            await rig.replicas.close_all()
-            rig.disk.close()
-
-        asyncio.run(main())
-
-    return run
-
-
-Play = Callable[[Scenario], None]
-
-
-def test_a_created_replica_says_what_the_contract_says(play: Play) -> None:
+def test_a_created_replica_says_what_the_contract_says(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         answer = await rig.create()
         assert answer == {
@@ -167,21 +60,21 @@ def test_a_created_replica_says_what_the_contract_says(play: Play) -> None:
         assert (status["node_id"], status["disk_id"]) == ("node1", "disk-1")
         assert status["space_total_bytes"] >= status["space_free_bytes"] > 0
 
-    play(scenario)
+    play_calls(scenario)
 
 
 @pytest.mark.parametrize("changed", [{"replica_id": "r2"}, {"size_bytes": 2 * SIZE_BYTES}, {"name": "other"}])
-def test_a_create_over_another_replica_is_refused(play: Play, changed: dict[str, Any]) -> None:
+def test_a_create_over_another_replica_is_refused(play_calls: Play, changed: dict[str, Any]) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         with pytest.raises(VolumeExistsWithOtherSpec):
             await rig.create(**changed)
 
-    play(scenario)
+    play_calls(scenario)
 
 
 @pytest.mark.parametrize("step", ["begin_replica", "create_store", "write_meta", "finish_replica"])
-def test_a_full_disk_while_creating_leaves_nothing_half(play: Play, step: str) -> None:
+def test_a_full_disk_while_creating_leaves_nothing_half(play_calls: Play, step: str) -> None:
     async def scenario(rig: Rig) -> None:
         rig.io.fail[step] = NoSpace(path="/disk")
         with pytest.raises(NoSpace):
@@ -191,10 +84,10 @@ def test_a_full_disk_while_creating_leaves_nothing_half(play: Play, step: str) -
             await rig.call("inspect")
         await rig.create()
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_kill_while_creating_leaves_a_leftover_that_is_swept(play: Play) -> None:
+def test_a_kill_while_creating_leaves_a_leftover_that_is_swept(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         temporary = rig.disk.begin_replica(VOLUME)
         Path(temporary, "regions").touch()
@@ -202,10 +95,10 @@ def test_a_kill_while_creating_leaves_a_leftover_that_is_swept(play: Play) -> No
         await rig.settle()
         assert os.listdir(rig.disk.replicas_path) == []
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_damaged_replica_is_listed_and_disturbs_no_other(play: Play) -> None:
+def test_a_damaged_replica_is_listed_and_disturbs_no_other(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.create(volume_id="other")
@@ -218,10 +111,10 @@ def test_a_damaged_replica_is_listed_and_disturbs_no_other(play: Play) -> None:
         with pytest.raises(ReplicaDamaged):
             await rig.claim(1)
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_create_over_a_damaged_replica_is_refused_until_it_is_deleted(play: Play) -> None:
+def test_a_create_over_a_damaged_replica_is_refused_until_it_is_deleted(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         Path(rig.disk.replica_path(VOLUME), "regions").unlink()
@@ -231,10 +124,10 @@ def test_a_create_over_a_damaged_replica_is_refused_until_it_is_deleted(play: Pl
         await rig.call("delete")
         await rig.create()
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_directory_that_says_it_is_another_volume_is_damaged(play: Play) -> None:
+def test_a_directory_that_says_it_is_another_volume_is_damaged(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         os.rename(rig.disk.replica_path(VOLUME), rig.disk.replica_path("other"))
@@ -243,10 +136,10 @@ def test_a_directory_that_says_it_is_another_volume_is_damaged(play: Play) -> No
         assert answer["state"] == "damaged"
         assert VOLUME in answer["reason"]
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_an_empty_directory_with_a_volumes_name_is_damaged_not_new(play: Play) -> None:
+def test_an_empty_directory_with_a_volumes_name_is_damaged_not_new(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         os.mkdir(rig.disk.replica_path(VOLUME))
         await rig.restart()
@@ -254,13 +147,13 @@ def test_an_empty_directory_with_a_volumes_name_is_damaged_not_new(play: Play) -
         with pytest.raises(ReplicaDamaged):
             await rig.create()
 
-    play(scenario)
+    play_calls(scenario)
 
 
 # -- claims and records
 
 
-def test_a_claim_is_durable_before_the_data_plane_lets_it_through(play: Play) -> None:
+def test_a_claim_is_durable_before_the_data_plane_lets_it_through(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         rig.io.log.clear()
@@ -269,10 +162,10 @@ def test_a_claim_is_durable_before_the_data_plane_lets_it_through(play: Play) ->
         assert rig.io.names() == ["write_meta", "set_epoch"]
         assert rig.on_disk.epoch == 5
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_claims_survive_a_kill(play: Play) -> None:
+def test_claims_survive_a_kill(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(5)
@@ -284,10 +177,10 @@ def test_claims_survive_a_kill(play: Play) -> None:
             await rig.claim(5, "B")
         await rig.claim(5, "A")
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_claim_that_could_not_be_made_durable_changes_nothing(play: Play) -> None:
+def test_a_claim_that_could_not_be_made_durable_changes_nothing(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -299,10 +192,10 @@ def test_a_claim_that_could_not_be_made_durable_changes_nothing(play: Play) -> N
         await rig.attach(1)
         await rig.claim(2, "B")
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_claim_that_failed_at_the_fence_is_finished_when_repeated(play: Play) -> None:
+def test_a_claim_that_failed_at_the_fence_is_finished_when_repeated(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         rig.io.fail["set_epoch"] = DiskError(path="/disk", reason="x")
@@ -311,20 +204,20 @@ def test_a_claim_that_failed_at_the_fence_is_finished_when_repeated(play: Play) 
         await rig.claim(2)
         assert rig.io.stores[VOLUME]["epoch"] == 2
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_two_claims_at_once_have_one_winner(play: Play) -> None:
+def test_two_claims_at_once_have_one_winner(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         found = await asyncio.gather(rig.claim(1, "A"), rig.claim(1, "B"), return_exceptions=True)
         assert [type(f) for f in found] == [dict, StaleEpoch]
         assert rig.on_disk.claimed_by == "A"
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_records_are_stamped_and_durable_before_the_answer(play: Play) -> None:
+def test_records_are_stamped_and_durable_before_the_answer(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(3)
@@ -340,10 +233,10 @@ def test_records_are_stamped_and_durable_before_the_answer(play: Play) -> None:
         assert rig.io.stores[VOLUME]["stamp"] == (3, 2)
         assert (await rig.call("inspect"))["synced_at"] == [3, 1]
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_record_whose_stamp_failed_is_not_persisted(play: Play) -> None:
+def test_a_record_whose_stamp_failed_is_not_persisted(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -352,10 +245,10 @@ def test_a_record_whose_stamp_failed_is_not_persisted(play: Play) -> None:
             await rig.persist(1, 1, "r1")
         assert rig.on_disk.record.stamp == (0, 0)
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_every_call_of_an_old_epoch_is_refused(play: Play) -> None:
+def test_every_call_of_an_old_epoch_is_refused(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(2)
@@ -380,13 +273,13 @@ def test_every_call_of_an_old_epoch_is_refused(play: Play) -> None:
                 await rig.attach(1, role)
         assert rig.io.log == []
 
-    play(scenario)
+    play_calls(scenario)
 
 
 # -- sessions, detach, delete
 
 
-def test_a_data_session_is_preceded_by_the_mark_that_it_was_open(play: Play) -> None:
+def test_a_data_session_is_preceded_by_the_mark_that_it_was_open(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -400,10 +293,10 @@ def test_a_data_session_is_preceded_by_the_mark_that_it_was_open(play: Play) -> 
         assert rig.io.names() == ["write_meta", "attach_session"]
         assert (rig.on_disk.clean, rig.on_disk.last_boot_id) == (False, "boot-2")
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_delete_is_refused_while_a_data_session_lives(play: Play) -> None:
+def test_a_delete_is_refused_while_a_data_session_lives(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -417,10 +310,10 @@ def test_a_delete_is_refused_while_a_data_session_lives(play: Play) -> None:
         assert os.listdir(rig.disk.replicas_path) == []
         assert VOLUME not in rig.io.stores
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_session_that_ends_before_it_is_known_is_not_counted_for_ever(play: Play) -> None:
+def test_a_session_that_ends_before_it_is_known_is_not_counted_for_ever(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -430,10 +323,10 @@ def test_a_session_that_ends_before_it_is_known_is_not_counted_for_ever(play: Pl
             await rig.replicas.get(VOLUME).attach(ours.fileno(), role=Role.DATA, epoch=1)
         await rig.call("delete")
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_kill_while_deleting_leaves_a_leftover_that_is_swept(play: Play) -> None:
+def test_a_kill_while_deleting_leaves_a_leftover_that_is_swept(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         rig.io.fail["sweep"] = DiskError(path="/disk", reason="x")
@@ -444,10 +337,10 @@ def test_a_kill_while_deleting_leaves_a_leftover_that_is_swept(play: Play) -> No
         await rig.settle()
         assert os.listdir(rig.disk.replicas_path) == []
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_detach_fences_then_cleans_then_says_so(play: Play) -> None:
+def test_a_detach_fences_then_cleans_then_says_so(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -464,10 +357,10 @@ def test_a_detach_fences_then_cleans_then_says_so(play: Play) -> None:
         await rig.claim(2, "B")
         await rig.attach(2)
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_stopped_server_marks_clean_only_what_closed_well(play: Play) -> None:
+def test_a_stopped_server_marks_clean_only_what_closed_well(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.create(volume_id="other")
@@ -479,13 +372,13 @@ def test_a_stopped_server_marks_clean_only_what_closed_well(play: Play) -> None:
         assert sorted(clean) == [False, True]
         assert rig.io.names()[-1] == "shutdown"
 
-    play(scenario)
+    play_calls(scenario)
 
 
 # -- suspicion
 
 
-def test_a_replica_that_lost_its_page_cache_is_suspect_until_reconciled(play: Play) -> None:
+def test_a_replica_that_lost_its_page_cache_is_suspect_until_reconciled(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -507,10 +400,10 @@ def test_a_replica_that_lost_its_page_cache_is_suspect_until_reconciled(play: Pl
         assert not (await rig.call("inspect"))["suspect"]
         assert not rig.on_disk.suspect
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_resynced_replica_is_trusted_again_when_the_record_names_it(play: Play) -> None:
+def test_a_resynced_replica_is_trusted_again_when_the_record_names_it(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -523,10 +416,10 @@ def test_a_resynced_replica_is_trusted_again_when_the_record_names_it(play: Play
         await rig.persist(2, 2, "r1", "r2")
         assert not rig.on_disk.suspect
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_killed_server_on_the_same_boot_makes_no_suspect(play: Play) -> None:
+def test_a_killed_server_on_the_same_boot_makes_no_suspect(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -534,11 +427,11 @@ def test_a_killed_server_on_the_same_boot_makes_no_suspect(play: Play) -> None:
         await rig.restart()
         assert not (await rig.call("inspect"))["suspect"]
 
-    play(scenario)
+    play_calls(scenario)
 
 
 def test_a_failed_store_is_suspect_and_opened_again_when_wanted(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+    play_calls: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicas_module, "REOPEN_INTERVAL_S", 0.0)
 
@@ -559,11 +452,11 @@ def test_a_failed_store_is_suspect_and_opened_again_when_wanted(
         answer = await rig.call("inspect")
         assert (answer["state"], answer["suspect"], answer["epoch"]) == ("open", True, 1)
 
-    play(scenario)
+    play_calls(scenario)
 
 
 def test_suspicion_that_could_not_be_written_is_not_forgotten(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+    play_calls: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replicas_module, "REOPEN_INTERVAL_S", 0.0)
 
@@ -578,11 +471,11 @@ def test_suspicion_that_could_not_be_written_is_not_forgotten(
         await rig.claim(1)
         assert rig.on_disk.suspect
 
-    play(scenario)
+    play_calls(scenario)
 
 
 def test_a_disk_that_refuses_at_open_is_failed_not_damaged_and_tried_again(
-    play: Play, monkeypatch: pytest.MonkeyPatch
+    play_calls: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
@@ -603,10 +496,10 @@ def test_a_disk_that_refuses_at_open_is_failed_not_damaged_and_tried_again(
         rig.replicas.get(VOLUME)._reopen_after_s = 0.0
         await rig.claim(1)
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_failed_store_is_not_opened_again_in_a_tight_loop(play: Play) -> None:
+def test_a_failed_store_is_not_opened_again_in_a_tight_loop(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         rig.io.deliver(("store_failed", VOLUME, "x"))
@@ -617,13 +510,13 @@ def test_a_failed_store_is_not_opened_again_in_a_tight_loop(play: Play) -> None:
                 await rig.claim(1)
         assert rig.io.names().count("open_store") == 2  # at create, and once more
 
-    play(scenario)
+    play_calls(scenario)
 
 
 # -- resync and the rest
 
 
-def test_resync_calls_reach_the_data_plane(play: Play) -> None:
+def test_resync_calls_reach_the_data_plane(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.claim(1)
@@ -642,10 +535,10 @@ def test_resync_calls_reach_the_data_plane(play: Play) -> None:
         with pytest.raises(BadRequest, match="region 16 is past the end"):
             await rig.call("begin_resync", epoch=1, regions=pack_regions([16]))
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_volume_grows_and_never_shrinks(play: Play) -> None:
+def test_a_volume_grows_and_never_shrinks(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         await rig.call("resize", size_bytes=2 * SIZE_BYTES)
@@ -655,10 +548,10 @@ def test_a_volume_grows_and_never_shrinks(play: Play) -> None:
         await rig.restart()
         assert (await rig.call("inspect"))["size_bytes"] == 2 * SIZE_BYTES
 
-    play(scenario)
+    play_calls(scenario)
 
 
-def test_a_change_is_finished_when_its_caller_is_gone(play: Play) -> None:
+def test_a_change_is_finished_when_its_caller_is_gone(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.create()
         reached, gate = asyncio.Event(), asyncio.Event()
@@ -683,94 +576,10 @@ def test_a_change_is_finished_when_its_caller_is_gone(play: Play) -> None:
         assert rig.io.stores[VOLUME]["epoch"] == 2
         await rig.calls.drain()
 
-    play(scenario)
+    play_calls(scenario)
 
 
-# -- hostile arguments
-
-BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
-    ("nonsense", {}),
-    ("create", {}),
-    ("create", {"replica_id": "", "name": "data", "size_bytes": SIZE_BYTES}),
-    ("create", {"replica_id": "r\n", "name": "data", "size_bytes": SIZE_BYTES}),
-    ("create", {"replica_id": "r1", "name": "../x", "size_bytes": SIZE_BYTES}),
-    ("create", {"replica_id": "r1", "name": "data\n", "size_bytes": SIZE_BYTES}),
-    ("create", {"replica_id": "r1", "name": "x" * 64, "size_bytes": SIZE_BYTES}),
-    ("create", {"replica_id": "r1", "name": "data", "size_bytes": SIZE_BYTES + 1}),
-    ("create", {"replica_id": "r1", "name": "data", "size_bytes": 0}),
-    ("create", {"replica_id": "r1", "name": "data", "size_bytes": 2**60}),
-    ("create", {"replica_id": "r1", "name": "data", "size_bytes": -4096}),
-    ("create", {"replica_id": "r1", "name": "data", "size_bytes": True}),
-    ("create", {"replica_id": "r1", "name": "data", "size_bytes": SIZE_BYTES, "extra": 1}),
-    ("create", {"replica_id": "r1", "name": "data", "size_bytes": SIZE_BYTES, "volume_id": "../../etc"}),
-    ("create", {"replica_id": "r1", "name": "data", "size_bytes": SIZE_BYTES, "volume_id": ".new-x"}),
-    ("delete", {"volume_id": ".."}),
-    ("delete", {"volume_id": None}),
-    ("inspect", {"volume_id": b"x"}),
-    ("claim", {"epoch": 0, "engine_id": "A"}),
-    ("claim", {"epoch": -1, "engine_id": "A"}),
-    ("claim", {"epoch": 2**63 - 1, "engine_id": "A"}),
-    ("claim", {"epoch": 2**64 - 1, "engine_id": "A"}),
-    ("claim", {"epoch": "1", "engine_id": "A"}),
-    ("claim", {"epoch": 1.0, "engine_id": "A"}),
-    ("claim", {"epoch": 1, "engine_id": ""}),
-    ("claim", {"epoch": 1}),
-    ("persist_record", {"epoch": 1, "record": None}),
-    ("persist_record", {"epoch": 1, "record": {"epoch": 1, "version": 1, "in_sync": "r1"}}),
-    ("changed_since", {"epoch": 0, "version": -1}),
-    ("begin_resync", {"epoch": 1, "regions": [1, 2]}),
-    ("begin_resync", {"epoch": 1, "regions": b"abc"}),
-    ("pull_regions", {"epoch": 1, "regions": b"", "source": "host:1"}),
-    ("pull_regions", {"epoch": 1, "regions": b"", "source": ["h", 0]}),
-    ("pull_regions", {"epoch": 1, "regions": b"", "source": ["h", 65536]}),
-    ("verify", {"first_region": 0, "region_count": 0}),
-    ("verify", {"first_region": 0, "region_count": 2**40}),
-    ("verify", {"first_region": -1, "region_count": 1}),
-    ("resize", {"size_bytes": 1}),
-]
-
-
-@pytest.mark.parametrize(("name", "args"), BAD_ARGS, ids=range(len(BAD_ARGS)))
-def test_bad_arguments_are_refused_and_change_nothing(play: Play, name: str, args: dict[str, Any]) -> None:
-    async def scenario(rig: Rig) -> None:
-        await rig.create(volume_id="other")
-        before = sorted(str(path) for path in rig.path.rglob("*"))
-        with pytest.raises(BadRequest):
-            await rig.call(name, **args)
-        assert sorted(str(path) for path in rig.path.rglob("*")) == before
-
-    play(scenario)
-
-
-values = (
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.binary(max_size=9) | st.just(VOLUME)
-)
-names = sorted(Calls(None).names)  # type: ignore[arg-type] # no call is made
-arguments = st.sampled_from(
-    ["volume_id", "epoch", "engine_id", "record", "regions", "source", "version", "name"]
-)
-
-
-@given(st.lists(st.tuples(st.sampled_from(names), st.dictionaries(arguments, values)), max_size=6))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_a_peer_calls_the_answer_is_a_result_or_a_storage_error(
-    tmp_path_factory: pytest.TempPathFactory, calls: list[tuple[str, dict[str, Any]]]
-) -> None:
-    async def main() -> None:
-        rig = Rig(tmp_path_factory.mktemp("fuzz") / "disk0")
-        await rig.start()
-        await rig.create()
-        for name, args in calls:
-            try:
-                await rig.calls(name, {"volume_id": VOLUME} | args)
-            except StorageError as error:
-                assert error.code != "internal"
-        await rig.kill()
-
-    asyncio.run(main())
-
-
-def test_a_name_that_appeared_under_replicas_is_not_overwritten(play: Play) -> None:
+def test_a_name_that_appeared_under_replicas_is_not_overwritten(play_calls: Play) -> None:
     async def scenario(rig: Rig) -> None:
         stranger = Path(rig.disk.replica_path(VOLUME))
         stranger.mkdir()
@@ -779,7 +588,7 @@ def test_a_name_that_appeared_under_replicas_is_not_overwritten(play: Play) -> N
             await rig.create()
         assert (stranger / "photo").read_text() == "mine"
 
-    play(scenario)
+    play_calls(scenario)
 
 
 def test_a_call_about_a_replica_that_is_opening_waits_and_status_does_not(
