@@ -228,8 +228,16 @@ class VolumeController:
         volume = self.volume
         assert volume is not None
         match action:
-            case CreateReplica(replica_id, node):
-                await self._create_replica(volume, replica_id, node)
+            case CreateReplica(replica_id, node, size_bytes):
+                await self._call(
+                    node,
+                    "replica.create",
+                    volume_id=volume.spec.volume_id,
+                    replica_id=replica_id,
+                    name=volume.name,
+                    size_bytes=size_bytes,
+                )
+                await self._replica_has(replica_id, size_bytes)
             case ResizeReplica(replica_id, node, size_bytes):
                 await self._call(
                     node, "replica.resize", volume_id=volume.spec.volume_id, size_bytes=size_bytes
@@ -261,18 +269,6 @@ class VolumeController:
             case RemoveVolume():
                 self.engine.remove_files()
                 await self._store.delete(KIND_VOLUME, self.name, revision=volume.document.revision)
-
-    async def _create_replica(self, volume: Volume, replica_id: str, node: str) -> None:
-        size_bytes = volume.spec.size_bytes
-        await self._call(
-            node,
-            "replica.create",
-            volume_id=volume.spec.volume_id,
-            replica_id=replica_id,
-            name=volume.name,
-            size_bytes=size_bytes,
-        )
-        await self._replica_has(replica_id, size_bytes)
 
     async def _replica_has(self, replica_id: str, size_bytes: int) -> None:
         await self._change_status(

@@ -1,0 +1,330 @@
+//! What the threads of one replica server share: an open store behind its lock, the queues between the
+//! threads, and the events for Python.
+//!
+//! Locks: a store's lock is held for one batch of requests, never while a file is synced. The inbox and
+//! the queues have locks of their own, taken last and held for a push or a pop.
+
+use std::collections::VecDeque;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use rustix::event::{eventfd, EventfdFlags};
+use rustix::fd::OwnedFd;
+
+use crate::frame::Header;
+
+use super::error::Result;
+use super::files::{Disk, RealDisk};
+use super::flush::Clean;
+use super::read::Plan;
+use super::store::{Store, StoreEvent};
+
+pub type RealFile = <RealDisk as Disk>::File;
+
+/// Events kept for Python; past it the oldest go. A reader that is this far behind asks for states anyway.
+const EVENTS_MAX: usize = 4096;
+
+/// Who waits for a flush.
+pub enum Waiter {
+    Frame { session: u64, header: Header },
+    Call(mpsc::Sender<Result<()>>),
+}
+
+pub struct Guarded {
+    pub store: Store<RealFile>,
+    pub waiters: Vec<Waiter>,
+    pub flush_queued: bool,
+    pub mark_queued: bool,
+    pub closed: bool,
+    pub sessions: u64,
+}
+
+/// One open store.
+pub struct StoreHandle {
+    /// Tells stores apart that were opened one after the other under one volume id.
+    pub key: u64,
+    pub volume_id: String,
+    pub path: PathBuf,
+    pub data_files: Vec<Arc<RealFile>>,
+    pub map_file: Arc<RealFile>,
+    pub regions_file: Arc<RealFile>,
+    guarded: Mutex<Guarded>,
+    /// Marks became durable, or the store failed.
+    changed: Condvar,
+}
+
+impl StoreHandle {
+    pub fn new(key: u64, volume_id: &str, path: PathBuf, store: Store<RealFile>) -> Self {
+        Self {
+            key,
+            volume_id: volume_id.to_owned(),
+            path,
+            data_files: store.data_files(),
+            map_file: store.map_file(),
+            regions_file: store.regions_file(),
+            guarded: Mutex::new(Guarded {
+                store,
+                waiters: Vec::new(),
+                flush_queued: false,
+                mark_queued: false,
+                closed: false,
+                sessions: 0,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// # Panics
+    /// If a thread died with the store in an unknown state: a bug of ours, not to be served on.
+    pub fn lock(&self, shared: &Shared) -> MutexGuard<'_, Guarded> {
+        let mut guarded = self.guarded.lock().expect("a thread died while it held a store");
+        guarded.store.set_now_ms(shared.now_ms());
+        guarded
+    }
+
+    pub fn notify_changed(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Waits until these regions are marked, durably. The lock is free meanwhile.
+    pub fn ensure_marked(
+        self: &Arc<Self>,
+        shared: &Shared,
+        regions: RangeInclusive<u32>,
+        held: bool,
+    ) -> Result<MutexGuard<'_, Guarded>> {
+        let mut guarded = self.lock(shared);
+        loop {
+            guarded.store.check_alive()?;
+            let begun = guarded.store.begin_marks(regions.clone(), held);
+            shared.settle(self, &mut guarded);
+            if begun? {
+                return Ok(guarded);
+            }
+            guarded = self.wait_changed(guarded);
+        }
+    }
+
+    fn wait_changed<'a>(&self, guarded: MutexGuard<'a, Guarded>) -> MutexGuard<'a, Guarded> {
+        self.changed.wait(guarded).expect("a thread died while it held a store")
+    }
+}
+
+/// For Python; the names are in _dataplane.pyi.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    SessionClosed { volume_id: String, session_id: u64, reason: String },
+    StoreFailed { volume_id: String, reason: String },
+    BlockDamaged { volume_id: String, block_index: u64 },
+}
+
+/// A connected socket to serve.
+pub struct NewSession {
+    pub id: u64,
+    pub fd: OwnedFd,
+    pub epoch: u64,
+    pub peer: bool,
+    pub handle: Arc<StoreHandle>,
+}
+
+/// To the loop.
+pub enum Message {
+    Attach(NewSession),
+    /// Close sessions of this store whose epoch is older.
+    Fence {
+        key: u64,
+        epoch: u64,
+        reason: &'static str,
+        done: mpsc::Sender<()>,
+    },
+    Marked(Arc<StoreHandle>),
+    Flushed(Vec<(u64, Header, u32)>),
+    ReadDone(ReadDone),
+    Stop,
+}
+
+pub struct ReadJob {
+    pub handle: Arc<StoreHandle>,
+    pub session: u64,
+    pub header: Header,
+    pub plan: Plan,
+}
+
+pub struct ReadDone {
+    pub job: ReadJob,
+    pub data: Vec<u8>,
+    pub verified: bool,
+}
+
+pub struct FlushJob {
+    pub handle: Arc<StoreHandle>,
+    pub clean: Clean,
+    pub done: Option<mpsc::Sender<Result<()>>>,
+}
+
+/// A queue that threads wait at.
+pub struct Queue<T> {
+    state: Mutex<QueueState<T>>,
+    ready: Condvar,
+}
+
+struct QueueState<T> {
+    items: VecDeque<T>,
+    poked: bool,
+    closed: bool,
+}
+
+pub enum Popped<T> {
+    Item(T),
+    /// Nothing came; or somebody poked.
+    Idle,
+    Closed,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        let state = QueueState { items: VecDeque::new(), poked: false, closed: false };
+        Self { state: Mutex::new(state), ready: Condvar::new() }
+    }
+}
+
+impl<T> Queue<T> {
+    fn change(&self, change: impl FnOnce(&mut QueueState<T>)) {
+        change(&mut self.state.lock().expect("queue"));
+        self.ready.notify_one();
+    }
+
+    pub fn push(&self, item: T) {
+        self.change(|state| state.items.push_back(item));
+    }
+
+    /// Makes one waiter look around.
+    pub fn poke(&self) {
+        self.change(|state| state.poked = true);
+    }
+
+    pub fn close(&self) {
+        self.change(|state| state.closed = true);
+        self.ready.notify_all();
+    }
+
+    /// Waits once, for at most `timeout` (`None`: for ever), unless something is there.
+    pub fn pop(&self, timeout: Option<Duration>) -> Popped<T> {
+        let mut state = self.state.lock().expect("queue");
+        if state.items.is_empty() && !state.closed && !state.poked {
+            state = match timeout {
+                None => self.ready.wait(state).expect("queue"),
+                Some(timeout) => self.ready.wait_timeout(state, timeout).expect("queue").0,
+            };
+        }
+        match state.items.pop_front() {
+            Some(item) => Popped::Item(item),
+            None if state.closed => Popped::Closed,
+            None => {
+                state.poked = false;
+                Popped::Idle
+            }
+        }
+    }
+}
+
+pub struct Shared {
+    started: Instant,
+    inbox: Mutex<Vec<Message>>,
+    wake: OwnedFd,
+    events: Mutex<VecDeque<Event>>,
+    event_fd: OwnedFd,
+    pub marks: Queue<Arc<StoreHandle>>,
+    pub flushes: Queue<FlushJob>,
+    pub reads: Queue<ReadJob>,
+    pub stores: Mutex<Vec<Arc<StoreHandle>>>,
+    next_id: AtomicU64,
+}
+
+impl Shared {
+    pub fn new() -> rustix::io::Result<Self> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        Ok(Self {
+            started: Instant::now(),
+            inbox: Mutex::new(Vec::new()),
+            wake: eventfd(0, flags)?,
+            events: Mutex::new(VecDeque::new()),
+            event_fd: eventfd(0, flags)?,
+            marks: Queue::default(),
+            flushes: Queue::default(),
+            reads: Queue::default(),
+            stores: Mutex::new(Vec::new()),
+            next_id: AtomicU64::new(1),
+        })
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    pub fn next_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub fn wake_fd(&self) -> &OwnedFd {
+        &self.wake
+    }
+
+    pub fn event_fd(&self) -> &OwnedFd {
+        &self.event_fd
+    }
+
+    pub fn send(&self, message: Message) {
+        let mut inbox = self.inbox.lock().expect("inbox");
+        inbox.push(message);
+        if inbox.len() == 1 {
+            // The counter cannot overflow: the loop reads it before it empties the inbox.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    pub fn take_inbox(&self) -> Vec<Message> {
+        let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+        std::mem::take(&mut *self.inbox.lock().expect("inbox"))
+    }
+
+    pub fn push_event(&self, event: Event) {
+        let mut events = self.events.lock().expect("events");
+        if events.len() == EVENTS_MAX {
+            events.pop_front();
+        }
+        events.push_back(event);
+        let _ = rustix::io::write(&self.event_fd, &1u64.to_ne_bytes());
+    }
+
+    pub fn poll_events(&self) -> Vec<Event> {
+        let mut events = self.events.lock().expect("events");
+        let _ = rustix::io::read(&self.event_fd, &mut [0u8; 8]);
+        events.drain(..).collect()
+    }
+
+    /// Hands a store's news on: events to Python, marks and flushes to their threads.
+    pub fn settle(&self, handle: &Arc<StoreHandle>, guarded: &mut Guarded) {
+        if guarded.store.log().has_unsynced() && !guarded.mark_queued {
+            guarded.mark_queued = true;
+            self.marks.push(Arc::clone(handle));
+        }
+        if !guarded.waiters.is_empty() && !guarded.flush_queued {
+            guarded.flush_queued = true;
+            self.flushes.push(FlushJob { handle: Arc::clone(handle), clean: Clean::Nothing, done: None });
+        }
+        if guarded.store.has_events() {
+            for event in guarded.store.take_events() {
+                let volume_id = handle.volume_id.clone();
+                self.push_event(match event {
+                    StoreEvent::Failed(reason) => Event::StoreFailed { volume_id, reason },
+                    StoreEvent::BlockDamaged(block_index) => Event::BlockDamaged { volume_id, block_index },
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,293 @@
+//! A replica server as its peers meet it: sessions, epochs, resync, damage.
+
+mod common;
+
+use common::{block, blocks, create, open, open_as, write_payload, Client, BLOCK, REGION, SIZE, VOLUME};
+use dolmen_core::frame::{flag, kind, status};
+use dolmen_core::replica::error::ErrorKind;
+use dolmen_core::replica::format::Stamp;
+use dolmen_core::replica::handle::Event;
+use dolmen_core::replica::service::{ReplicaService, Role};
+
+#[test]
+fn what_is_written_is_read_back_and_outlives_the_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut client = Client::attach(&service, 1, Role::Data);
+    assert_eq!(client.write(0, &blocks(0..256)), status::OK);
+    assert_eq!(client.write(REGION - BLOCK as u64, &blocks([7, 8])), status::OK);
+    assert_eq!(client.write_partial(512, &[9; 1000]), status::OK);
+    assert_eq!(client.zero(4096, 8192), status::OK);
+    let mut expected = blocks(0..256);
+    expected[512..1512].fill(9);
+    expected[4096..12288].fill(0);
+    assert_eq!(client.read(0, 1 << 20).1, expected);
+    assert_eq!(client.read(REGION - 4096, 8192).1, blocks([7, 8]));
+    assert_eq!(client.flush(), status::OK);
+    drop(client);
+    service.shutdown();
+
+    let service = ReplicaService::new().unwrap();
+    let opened = open(&service, &path, 2);
+    assert_eq!(opened.blocks_recomputed + opened.blocks_dropped + opened.regions_damaged, 0);
+    assert!(opened.dirty_regions >= 2);
+    let mut client = Client::attach(&service, 2, Role::Data);
+    assert_eq!(client.read(0, 1 << 20).1, expected);
+    let verified = service.verify(VOLUME, 0, 16).unwrap();
+    assert_eq!((verified.blocks_verified, verified.damaged_count), (256, 0));
+}
+
+#[test]
+fn a_pipeline_of_overlapping_frames_is_applied_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut client = Client::attach(&service, 1, Role::Data);
+    // The first write must wait for its region's mark; the read behind it must not overtake.
+    for region in 0..8 {
+        let offset = region * REGION;
+        let first = client.send(kind::WRITE, 0, offset, 4096, &write_payload(offset, &block(1)));
+        let read = client.send(kind::READ, 0, offset, 4096, &[]);
+        let second = client.send(kind::WRITE, flag::FUA, offset, 4096, &write_payload(offset, &block(2)));
+        assert_eq!(client.reply_to(first).0.status, status::OK);
+        assert_eq!(client.reply_to(read).1[8..], block(1));
+        assert_eq!(client.reply_to(second).0.status, status::OK);
+        assert_eq!(client.read(offset, 4096).1, block(2));
+    }
+}
+
+#[test]
+fn a_fenced_engine_can_neither_read_nor_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut old = Client::attach(&service, 1, Role::Data);
+    assert_eq!(old.write(0, &block(1)), status::OK);
+    service.set_epoch(VOLUME, 2).unwrap();
+    let mut rest = Vec::new();
+    assert_eq!(std::io::Read::read_to_end(&mut old.socket, &mut rest).unwrap(), 0, "the session is closed");
+    let refused = service.set_epoch(VOLUME, 1).unwrap_err();
+    assert_eq!(refused.kind, ErrorKind::StaleEpoch);
+    let mut new = Client::attach(&service, 2, Role::Data);
+    new.epoch = 1;
+    assert_eq!(new.write(0, &block(3)), status::STALE_EPOCH);
+    new.epoch = 2;
+    assert_eq!(new.read(0, 4096).1, block(1));
+}
+
+#[test]
+fn bad_frames_are_refused_and_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut client = Client::attach(&service, 1, Role::Data);
+    let good = write_payload(0, &block(1));
+    let mut wrong = good.clone();
+    wrong[100] ^= 1;
+    for (kind, offset, length, payload, expected) in [
+        (kind::WRITE, 0, 4096, &wrong[..], status::BAD_CHECKSUM),
+        (kind::WRITE, 4096, 4096, &good[..], status::BAD_CHECKSUM),
+        (kind::WRITE, 0, 8192, &good[..], status::BAD_REQUEST),
+        (kind::WRITE, 1, 4096, &good[..], status::BAD_REQUEST),
+        (kind::WRITE, SIZE, 4096, &good[..], status::OUT_OF_RANGE),
+        (kind::WRITE, u64::MAX - 4095, 4096, &good[..], status::OUT_OF_RANGE),
+        (kind::READ, 0, 0, &[], status::BAD_REQUEST),
+        (kind::READ, SIZE - 4096, 8192, &[], status::OUT_OF_RANGE),
+        (kind::READ, 0, 2 << 20, &[], status::BAD_REQUEST),
+        (kind::READ, 0, 4096, &[1], status::BAD_REQUEST),
+        (kind::TRIM, 0, (64 << 20) + 4096, &[], status::BAD_REQUEST),
+        (kind::TRIM, u64::MAX - 4095, 8192, &[], status::OUT_OF_RANGE),
+        (kind::WRITE_PARTIAL, 4000, 200, &[0; 208], status::BAD_REQUEST),
+        (kind::WRITE_PARTIAL, 0, 8, &[0; 16], status::BAD_CHECKSUM),
+        (kind::REGION_SUMMARY, 4096, 4096, &[], status::BAD_REQUEST),
+        (77, 0, 4096, &[], status::BAD_REQUEST),
+    ] {
+        assert_eq!(client.call(kind, 0, offset, length, payload).0, expected, "kind {kind} at {offset}");
+    }
+    let mut peer = Client::attach(&service, 1, Role::Peer);
+    assert_eq!(peer.write(0, &block(1)), status::BAD_REQUEST);
+    assert_eq!(peer.flush(), status::BAD_REQUEST);
+    assert_eq!(peer.read(0, 4096).0, [0]);
+    assert!(service.dirty_regions(VOLUME).unwrap().is_empty());
+}
+
+#[test]
+fn garbage_closes_its_own_session_only() {
+    use std::io::{Read, Write};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut good = Client::attach(&service, 1, Role::Data);
+    let mut hostile = Client::attach(&service, 1, Role::Data);
+    hostile.socket.write_all(&[0x55; 4096]).unwrap();
+    let mut rest = [0; 1];
+    assert!(!matches!(hostile.socket.read(&mut rest), Ok(1..)));
+    assert_eq!(good.write(0, &block(1)), status::OK);
+    let events = service.poll_events();
+    assert!(matches!(&events[..], [Event::SessionClosed { reason, .. }] if reason.contains("bad frame")));
+}
+
+#[test]
+fn a_flipped_bit_is_found_at_read_and_repaired_only_then() {
+    use std::os::unix::fs::FileExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut client = Client::attach(&service, 1, Role::Data);
+    assert_eq!(client.write(0, &blocks([1, 2, 3])), status::OK);
+    let repair = |client: &mut Client, tag| {
+        client.call(kind::REPAIR, 0, 4096, 4096, &write_payload(4096, &block(tag))).0
+    };
+    assert_eq!(repair(&mut client, 9), status::OK);
+    assert_eq!(client.read(4096, 4096).1, block(2), "a good block is never repaired");
+    let file = std::fs::OpenOptions::new().write(true).open(path.join("head/data")).unwrap();
+    file.write_at(&[0xff], 5000).unwrap();
+    let (entries, data) = client.read(0, 3 * 4096);
+    assert_eq!(entries[1], 2);
+    assert_eq!(data[..4096], block(1));
+    assert_eq!(data[8192..], block(3));
+    assert_eq!(client.write_partial(4096, &[1; 512]), status::IO_ERROR);
+    assert_eq!(service.verify(VOLUME, 0, 1).unwrap().damaged, [1]);
+    assert_eq!(repair(&mut client, 2), status::OK);
+    assert_eq!(client.read(0, 3 * 4096).1, blocks([1, 2, 3]));
+    let damaged = |event: &Event| matches!(event, Event::BlockDamaged { block_index: 1, .. });
+    assert!(service.poll_events().iter().any(damaged));
+    let stats: std::collections::HashMap<_, _> = service.stats(VOLUME).unwrap().into_iter().collect();
+    assert_eq!(stats["repairs"], 1);
+}
+
+/// What Python does around pull_regions.
+fn pull(
+    service: &ReplicaService,
+    from: &str,
+    to: &str,
+    regions: &[u32],
+) -> dolmen_core::replica::pull::Pulled {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    service.attach_session(from, theirs.into(), 1, Role::Peer).unwrap();
+    service.pull_regions(to, ours.into(), 1, regions).unwrap()
+}
+
+#[test]
+fn a_resync_makes_regions_equal_and_spares_fresh_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let service = ReplicaService::new().unwrap();
+    create(&service, &a);
+    create(&service, &b);
+    open_as(&service, "a", &a, 1);
+    open_as(&service, "b", &b, 1);
+    let mut source = Client::attach_to(&service, "a", 1, Role::Data);
+    let mut target = Client::attach_to(&service, "b", 1, Role::Data);
+    for client in [&mut source, &mut target] {
+        assert_eq!(client.write(0, &blocks(0..256)), status::OK);
+    }
+    assert_eq!(source.write(40960, &blocks(500..600)), status::OK);
+    assert_eq!(source.write(3 * REGION, &blocks(0..256)), status::OK);
+    assert_eq!(source.zero(0, 8192), status::OK);
+    assert_eq!(target.write(200 * 4096, &block(66)), status::OK);
+    let regions = service.changed_since("a", Stamp::default()).unwrap();
+    assert!(regions.contains(&0) && regions.contains(&3));
+    service.begin_resync("b", &regions).unwrap();
+    assert_eq!(target.write(45056, &block(77)), status::OK, "a live write, which the source missed");
+    let pulled = pull(&service, "a", "b", &regions);
+    assert_eq!(pulled.regions, regions.len() as u64);
+    assert_eq!(pulled.blocks_copied, 2 + 99 + 1 + 256);
+    service.end_resync("b").unwrap();
+    assert_eq!(target.read(45056, 4096).1, block(77));
+    assert_eq!(source.write(45056, &block(77)), status::OK);
+    let digests = ["a", "b"].map(|volume| service.verify(volume, 0, 16).unwrap().digest);
+    assert_eq!(digests[0], digests[1]);
+    assert_eq!(pull(&service, "a", "b", &regions).blocks_copied, 0);
+}
+
+#[test]
+fn clean_all_leaves_nothing_to_recover_and_stamps_remain() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut client = Client::attach(&service, 1, Role::Data);
+    assert_eq!(client.write(5 * REGION, &block(1)), status::OK);
+    service.set_stamp(VOLUME, Stamp { epoch: 1, version: 2 }).unwrap();
+    assert_eq!(service.changed_since(VOLUME, Stamp { epoch: 1, version: 1 }).unwrap(), [5]);
+    service.clean_all(VOLUME).unwrap();
+    assert!(service.dirty_regions(VOLUME).unwrap().is_empty());
+    drop(client);
+    service.shutdown();
+    let service = ReplicaService::new().unwrap();
+    assert_eq!(open(&service, &path, 2).dirty_regions, 0);
+    assert_eq!(service.changed_since(VOLUME, Stamp { epoch: 1, version: 1 }).unwrap(), [5]);
+    let mut client = Client::attach(&service, 2, Role::Data);
+    assert_eq!(client.read(5 * REGION, 4096).1, block(1));
+}
+
+#[test]
+fn a_replica_is_open_once_and_grows_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let (service, other) = (ReplicaService::new().unwrap(), ReplicaService::new().unwrap());
+    create(&service, &path);
+    assert_eq!(service.create_store(&path, "head", SIZE).unwrap_err().kind, ErrorKind::BadRequest);
+    open(&service, &path, 1);
+    let options = dolmen_core::replica::recovery::OpenOptions::new(SIZE, 1, Stamp { epoch: 1, version: 1 });
+    let chain = ["head".to_owned()];
+    assert!(other.open_store(VOLUME, path.clone(), &chain, options).is_err());
+    service.resize(VOLUME, SIZE + 4096).unwrap();
+    service.resize(VOLUME, SIZE + 4096).unwrap();
+    assert_eq!(service.resize(VOLUME, SIZE).unwrap_err().kind, ErrorKind::BadRequest);
+    let mut client = Client::attach(&service, 1, Role::Data);
+    assert_eq!(client.write(SIZE, &block(1)), status::OK);
+    assert_eq!(client.call(kind::REGION_SUMMARY, 0, SIZE, 4096, &[]).1.len(), 8);
+    drop(client);
+    service.close_store(VOLUME).unwrap();
+    other.open_store(VOLUME, path, &chain, options).unwrap();
+}
+
+#[test]
+fn missing_short_and_foreign_files_are_damage_and_are_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    for (number, (file, change)) in [
+        ("regions", None),
+        ("head/map", None),
+        ("head/data", None),
+        ("regions", Some(5000)),
+        ("head/map", Some(100_000)),
+        ("head/map", Some(10)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let path = dir.path().join(format!("r{number}"));
+        let service = ReplicaService::new().unwrap();
+        create(&service, &path);
+        let victim = path.join(file);
+        match change {
+            None => std::fs::rename(&victim, path.join("aside")).unwrap(),
+            Some(length) => {
+                std::fs::OpenOptions::new().write(true).open(&victim).unwrap().set_len(length).unwrap();
+            }
+        }
+        let options =
+            dolmen_core::replica::recovery::OpenOptions::new(SIZE, 1, Stamp { epoch: 1, version: 1 });
+        let error = service.open_store(VOLUME, path.clone(), &["head".to_owned()], options).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Damaged, "{file} {change:?}: {error}");
+        if change.is_none() {
+            assert!(!victim.exists(), "nothing is formatted on a guess");
+        }
+    }
+}
