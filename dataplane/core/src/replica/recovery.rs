@@ -250,6 +250,11 @@ impl<F: BlockFile> Store<F> {
         let unknown = self.log.load().map_err(wrap)?;
         let regions = self.log.dirty_sorted();
         opened.dirty_regions = regions.len() as u64;
+        if !regions.is_empty() {
+            // A mark that a killed process wrote may be in the page cache only. From here on it counts.
+            let marks = self.regions_file();
+            self.synced("regions", marks.sync_data())?;
+        }
         let mut buffer = vec![0; REGION_BYTES as usize];
         for region in &regions {
             self.recover_region(*region, same_boot, &mut buffer, &mut opened)?;
