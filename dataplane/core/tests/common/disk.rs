@@ -246,6 +246,12 @@ impl BlockFile for MemoryFile {
         Ok(())
     }
 
+    fn holds_data(&self, offset: u64, length: u64) -> bool {
+        let state = self.state.lock().unwrap();
+        let bytes = &state.files[&self.path].current;
+        bytes[offset as usize..(offset + length) as usize].iter().any(|byte| *byte != 0)
+    }
+
     fn set_len(&self, length: u64) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
         state.files.get_mut(&self.path).unwrap().current.resize(length as usize, 0);
