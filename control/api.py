@@ -14,7 +14,6 @@ import contextlib
 import hmac
 import json
 import os
-import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -44,14 +43,14 @@ SHUTDOWN_GRACE_S = 2.0
 
 SYSTEM = web.AppKey("system", System)
 TOKEN = web.AppKey("token", str)
-SPOKE = web.AppKey("spoke", weakref.WeakSet[Any])
+SILENT = web.AppKey("silent", set[asyncio.BaseProtocol])
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(system: System, *, token: str) -> web.Application:
     app = web.Application(middlewares=[_errors, _authentication], client_max_size=BODY_BYTES_MAX)
-    app[SYSTEM], app[TOKEN], app[SPOKE] = system, token, weakref.WeakSet()
+    app[SYSTEM], app[TOKEN], app[SILENT] = system, token, set()
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _answer(route))
     app.router.add_get("/openapi.json", _openapi)
@@ -121,7 +120,7 @@ _PUBLIC = {route.path for route in ROUTES if route.public} | PLAIN_ROUTES.keys()
 
 @web.middleware
 async def _authentication(request: web.Request, handler: Answer) -> web.StreamResponse:
-    request.app[SPOKE].add(request.protocol)
+    request.app[SILENT].discard(request.protocol)
     resource = request.match_info.route.resource
     if resource is not None and resource.canonical in _PUBLIC:
         return await handler(request)
@@ -147,7 +146,8 @@ async def serve_api(app: web.Application, *, socket_path: Path, port: int) -> As
         if len(runner.server.connections) >= CONNECTIONS_MAX:
             return _Refusal()
         protocol: web.RequestHandler = runner.server()
-        loop.call_later(HEADER_DEADLINE_S, _close_silent, app, weakref.ref(protocol))
+        app[SILENT].add(protocol)
+        loop.call_later(HEADER_DEADLINE_S, _close_silent, app, protocol)
         return protocol
 
     tcp = listen_tcp(port or choose_port(str(socket_path)), seed=str(socket_path))
@@ -166,10 +166,11 @@ async def serve_api(app: web.Application, *, socket_path: Path, port: int) -> As
             os.unlink(socket_path)
 
 
-def _close_silent(app: web.Application, reference: weakref.ref[Any]) -> None:
-    protocol = reference()
-    if protocol is not None and protocol not in app[SPOKE] and protocol.transport is not None:
-        protocol.transport.abort()
+def _close_silent(app: web.Application, protocol: web.RequestHandler) -> None:
+    if protocol in app[SILENT]:
+        app[SILENT].discard(protocol)
+        if protocol.transport is not None:
+            protocol.transport.close()
 
 
 class _Refusal(asyncio.Protocol):

@@ -101,6 +101,7 @@ class Daemon:
         if self._everything:
             log.info("everything is stopped")
             await cluster.stop_everything()
+            self.layout.daemon_json.unlink(missing_ok=True)
         else:
             log.info("daemon ends, engines and replica servers go on")
             await cluster.forget()

@@ -23,6 +23,10 @@ TEMPORARY_SUFFIX = ".new"
 """Sockets and files are made under this suffix and renamed into place."""
 
 
+_OURS = frozenset({"nodes", "volumes", "daemon.lock", "daemon.log", "cluster.key.new"})
+"""What a first start may have left behind before it made the cluster's key."""
+
+
 class Layout:
     """``Layout(dir)``; ``prepare()`` makes what must exist."""
 
@@ -73,9 +77,15 @@ class Layout:
         return self.node_dir(node) / "replica.log"
 
     def prepare(self) -> None:
-        """Raises BadRequest when the directory cannot be one of ours."""
+        """Raises BadRequest when the directory cannot be, or is not, one of ours."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            foreign = {entry.name for entry in self.dir.iterdir()} - _OURS
+            if foreign and not self.key.exists():
+                raise BadRequest(
+                    reason=f"{self.dir} is not empty and holds no cluster (for example {min(foreign)!r}). "
+                    "Choose an empty or new directory with --dir."
+                )
             self.dir.chmod(self.dir.stat().st_mode & ~0o077)
             (self.dir / "volumes").mkdir(exist_ok=True)
             (self.dir / "nodes").mkdir(exist_ok=True)

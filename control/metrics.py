@@ -59,7 +59,7 @@ class Snapshot:
             self.samples.setdefault(name, []).append((tuple(str(label) for label in labels), value))
 
 
-class _Snapshots(Collector):
+class Snapshots(Collector):
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
 
@@ -99,7 +99,7 @@ async def render(cluster: Cluster) -> bytes:
     snapshot = Snapshot()
     await _collect(cluster, snapshot)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshots(snapshot))
+    registry.register(Snapshots(snapshot))
     return generate_latest(registry)
 
 

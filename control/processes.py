@@ -133,7 +133,7 @@ def find(arguments: Sequence[str]) -> list[int]:
     first. For processes that a daemon started and could not remember: it was killed."""
     found: list[tuple[int, int]] = []
     for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and _matches(int(entry.name), arguments):
+        if entry.name.isdigit() and matches(int(entry.name), arguments):
             started = _start_ticks(int(entry.name))
             if started is not None:
                 found.append((started, int(entry.name)))
@@ -147,13 +147,13 @@ def adopt(pid: int, arguments: Sequence[str]) -> Process | None:
     except OSError:
         return None
     # Only now is the pid pinned: what it names cannot change any more. Look again.
-    if not _matches(pid, arguments):
+    if not matches(pid, arguments):
         os.close(pidfd)
         return None
     return Process(pid, pidfd, None)
 
 
-def _matches(pid: int, arguments: Sequence[str]) -> bool:
+def matches(pid: int, arguments: Sequence[str]) -> bool:
     try:
         if os.stat(f"/proc/{pid}").st_uid != os.getuid():
             return False

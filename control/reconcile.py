@@ -80,6 +80,7 @@ class Seen:
 class CreateReplica:
     replica_id: str
     node: str
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,9 @@ def _create(made: Plan, volume: Volume, seen: Seen) -> None:
         if place.id not in volume.status.replica_size_bytes:
             made.wait("replica_creating", f"replica {place.id} to be created on {place.node}")
             if _up(made, seen, place.node, f"replica {place.id} can be created"):
-                made.actions.append(CreateReplica(place.id, place.node))
+                # Not the wanted size: that may change before a repetition, and a replica that was
+                # created without a note must be found as it is asked for. It grows afterwards.
+                made.actions.append(CreateReplica(place.id, place.node, volume.status.size_bytes))
 
 
 def _grow(made: Plan, volume: Volume, seen: Seen) -> None:

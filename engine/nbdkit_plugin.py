@@ -10,8 +10,9 @@ there is no cache here. FLUSH, FUA, TRIM, WRITE_ZEROES, CACHE and BLOCK_STATUS a
 
 Promises: a request is answered when the engine has answered it. An engine that goes away is waited
 for (``reconnect_timeout``), and requests without an answer are sent again: to the client it is a
-pause. Sending again is safe because the client has not been answered, so it knows of no order
-between this request and later ones.
+pause, and one request that lasted longer. As with every NBD client that reconnects, a write that is
+sent again may be applied twice, before and after a concurrent write of somebody else to the same
+bytes: NBD has no name for a request that would outlive its connection.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ def connect(path: Path) -> nbd.NBD:
 
 def is_answer(handle: nbd.NBD, error: nbd.Error) -> bool:
     """Whether an error is the engine's word on the request, or the loss of the connection."""
-    return bool(handle.aio_is_ready()) and error.errnum != errno.ESHUTDOWN
+    alive = not handle.aio_is_dead() and not handle.aio_is_closed()
+    return alive and error.errnum != errno.ESHUTDOWN
 
 
 class Connection:

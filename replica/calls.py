@@ -115,12 +115,12 @@ class Calls:
             "replica.detach_clean": self._detach_clean,
             "replica.resize": self._resize,
             # Read only, but they open a replica that is not open yet:
+            "replica.inspect": self._inspect,
             "replica.dirty_regions": self._dirty_regions,
             "replica.changed_since": self._changed_since,
         }
         self._stoppable: Mapping[str, Callable[[Args], Awaitable[Any]]] = {
             "server.status": self._status,
-            "replica.inspect": self._inspect,
             "replica.pull_regions": self._pull_regions,
             "replica.verify": self._verify,
             "replica.stats": self._stats,
@@ -180,7 +180,9 @@ class Calls:
         return {}
 
     async def _inspect(self, args: Args) -> dict[str, Any]:
-        return await self._replicas.inspect(self._only_replica(args))
+        replica = self._only_replica(args)
+        await replica.settle()  # an engine decides by the answer; "opening" would tell it nothing
+        return await self._replicas.inspect(replica)
 
     async def _claim(self, args: Args) -> dict[str, Any]:
         epoch, engine_id = args.epoch(), args.identifier("engine_id")

@@ -101,7 +101,7 @@ def parse_identity(data: bytes, *, path: str, node_id: str, disk_id: str | None)
     """
     try:
         wire: Any = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DiskRefused(path=path, reason=f"{DISK_FILE} is damaged: {error}") from error
     match wire:
         case {"format": "dolmen-disk", "version": 1, "disk_id": str(found_disk), "node_id": str(found_node)}:

@@ -351,6 +351,14 @@ class Replica:
         self._check_open()
         return await self._io.stats(self.volume_id)
 
+    async def settle(self) -> None:
+        """Wait until it is opened; try a failed one again. What does not help shows in its state."""
+        async with self._lock:
+            try:
+                await self._ready()
+            except StorageError as error:
+                log.info("replica not open volume=%s error=%s", self.volume_id, error)
+
     async def inspect(self) -> dict[str, Any]:
         """Answers in every state, at once: it takes no lock."""
         dirty_count = 0

@@ -49,7 +49,8 @@ class ReplicaLoop:
 
     def attach_session(self, volume_id: str, fd: int, epoch: int, role: str) -> int:
         """Give a connected socket, past its hello, to the loop. ``role``: "data" or "peer". The fd is
-        duplicated; the caller closes its own. Returns a session id. Raises stale_epoch."""
+        duplicated; the caller closes its own. Returns a session id. Raises stale_epoch. A data session
+        ends an earlier one of its volume, whose frames that were not applied yet never will be (C12)."""
 
     def dirty_regions(self, volume_id: str) -> list[int]: ...
     def changed_since(self, volume_id: str, epoch: int, version: int) -> list[int]:
@@ -57,7 +58,8 @@ class ReplicaLoop:
 
     def begin_resync(self, volume_id: str, regions: list[int]) -> None:
         """Mark these regions dirty, durably. From now on remember, for these regions, which blocks
-        live writes have made fresh.
+        live writes have made fresh: writes of whole blocks only. A write of part of a block leaves the
+        rest of it as stale as it was.
         Replaces an earlier set."""
 
     def pull_regions(self, volume_id: str, fd: int, epoch: int, regions: list[int]) -> dict[str, int]:
@@ -137,13 +139,17 @@ class EngineLoop:
 
     def set_unequal(self, regions: list[int]) -> None:
         """Reconcile: every request in these regions but whole-block writes waits until
-        regions_equal(). Replaces the set."""
+        regions_equal(). Adds to the set: a region that diverged meanwhile stays in it."""
 
     def set_partial_wait(self, regions: list[int]) -> None:
         """Resync: only writes of part of a block wait in these regions. Replaces the set."""
 
     def regions_equal(self, regions: list[int]) -> None:
-        """Remove regions from both sets and let waiting requests go."""
+        """Reconcile: remove regions from both sets and let waiting requests go."""
+
+    def partial_done(self, regions: list[int]) -> None:
+        """Resync: remove regions from the set_partial_wait() set only, and let waiting requests go. A region
+        that diverged meanwhile stays unequal."""
 
     def pause(self, paused: bool) -> None:
         """While paused, new requests queue (bounded) and none is sent."""

@@ -56,7 +56,7 @@ def test_a_new_disk_keeps_its_identity(tmp_path: Path) -> None:
 
 def test_a_foreign_directory_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"mine")
-    with pytest.raises(DiskRefused, match="photo.jpg"):
+    with pytest.raises(DiskRefused, match=r"photo\.jpg"):
         open_disk(tmp_path)
     assert contents(tmp_path) == {"photo.jpg": b"mine"}
 

@@ -433,3 +433,6 @@ impl Table {
         drained
     }
 }
+
+#[cfg(test)]
+mod tests;

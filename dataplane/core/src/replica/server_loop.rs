@@ -90,6 +90,9 @@ impl ServerLoop {
     }
 
     fn attach(&mut self, new: NewSession) {
+        if !new.peer {
+            self.end_data_sessions(new.handle.key, new.epoch);
+        }
         let session = Box::new(Session::new(new));
         let id = session.id;
         // It may have been fenced between the hello and here.
@@ -104,6 +107,17 @@ impl ServerLoop {
             Ok(()) if fenced => self.close(id, "a newer epoch was claimed"),
             Ok(()) => {}
             Err(error) => self.close(id, &format!("watching the socket: {error}")),
+        }
+    }
+
+    /// An engine has one link to a replica. What waits unread or held on an earlier one is dropped: the
+    /// engine sends it again on the new link, and applied late it would overwrite newer writes (C12).
+    fn end_data_sessions(&mut self, key: u64, epoch: u64) {
+        let data = |session: &Session| session.handle.key == key && !session.peer && session.epoch <= epoch;
+        let ids: Vec<u64> =
+            self.sessions.values().filter(|session| data(session)).map(|session| session.id).collect();
+        for id in ids {
+            self.close(id, "the engine connected again");
         }
     }
 

@@ -434,6 +434,34 @@ impl NbdClient {
         Ok(data)
     }
 
+    /// Look at the next bytes without taking them.
+    pub fn peek(&self, bytes: &mut [u8]) {
+        let (_, count) = rustix::net::recv(
+            &self.stream,
+            &mut *bytes,
+            rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::WAITALL,
+        )
+        .expect("received");
+        assert_eq!(count, bytes.len());
+    }
+
+    /// Replies of one structured read and of `others` (simple ones), in whatever order they come.
+    pub fn read_among(&mut self, read: u64, offset: u64, length: u32, others: &[u64]) -> Vec<u8> {
+        let (mut data, mut replies) = (None, 0);
+        while data.is_none() || replies < others.len() {
+            let mut magic = [0; 4];
+            self.peek(&mut magic);
+            if magic == 0x6744_6698u32.to_be_bytes() {
+                let (cookie, error) = self.simple();
+                assert!(others.contains(&cookie) && error == 0);
+                replies += 1;
+            } else {
+                data = Some(self.read_reply(read, offset, length).expect("readable"));
+            }
+        }
+        data.expect("set")
+    }
+
     /// Nothing more comes, and the connection is closed.
     pub fn assert_closed(&mut self) {
         let mut rest = Vec::new();

@@ -1,0 +1,228 @@
+"""``dolmen up``, ``down`` and ``status``: the local cluster's processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.output import DirOption, Exit, Output, OutputOption, fail, note, show_json, user_errors
+from control.client import Client, default_dir
+from protocol.errors import DaemonUnreachable, StorageError
+
+READY_TIMEOUT_S = 60.0
+"""Replica servers recover what an unclean stop left before they serve."""
+
+DOWN_TIMEOUT_S = 90.0
+"""Engines detach (20 s at most), then replica servers flush (20 s at most)."""
+
+POLL_S = 0.02
+STOP_POLL_S = 0.2
+EXIT_ALREADY_RUNNING = 5
+LOG_LINES = 5
+
+
+@user_errors
+def up(
+    directory: DirOption = None,
+    nodes: Annotated[int, typer.Option(help="Local nodes, 1 to 16; never fewer than there were.")] = 3,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when all is ready.")] = False,
+    port: Annotated[int, typer.Option(help="TCP port of the REST API on 127.0.0.1; 0: a free one.")] = 0,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Run a local cluster: the daemon and its replica servers. Repeating it is harmless.
+
+    Without --detach it runs until Ctrl-C, which stops everything.
+    """
+    client = Client(directory or default_dir())
+    daemon = start_daemon(client, nodes, port)
+    if daemon is not None and not detach:
+        _run_in_foreground(client, daemon, output)
+        return
+    wait_ready(client, daemon)
+    _show_up(client, output, already=daemon is None)
+
+
+def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[bytes] | None:
+    """None if one runs already. Raises BadRequest for a directory that is not ours."""
+    from control.leftovers import DAEMON_ARGUMENTS, is_daemon_running
+    from control.processes import rotate
+
+    if not 1 <= nodes <= 16:
+        raise typer.BadParameter("1 to 16 nodes", param_hint="--nodes")
+    if is_daemon_running(client.layout):
+        return None
+    client.layout.prepare()
+    rotate(client.layout.daemon_log)
+    with open(client.layout.daemon_log, "ab") as log:
+        return subprocess.Popen(
+            [
+                *(sys.executable, *DAEMON_ARGUMENTS, "--dir", os.fspath(client.layout.dir)),
+                *("--nodes", str(nodes), "--port", str(port)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=client.layout.dir,
+            start_new_session=True,
+        )
+
+
+def wait_ready(client: Client, daemon: subprocess.Popen[bytes] | None) -> None:
+    """Until every node serves and every attached volume is served."""
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    waits_for: list[str] = ["the daemon"]
+    while time.monotonic() < deadline_s:
+        try:
+            health = client.health()
+        except DaemonUnreachable:
+            if daemon is not None and daemon.poll() not in (None, EXIT_ALREADY_RUNNING):
+                lines = log_end(client.layout.daemon_log)
+                fail(
+                    "the daemon ended: " + (lines[-1] if lines else ""),
+                    f"the rest is in {client.layout.daemon_log}",
+                )
+        else:
+            if health["ready"]:
+                return
+            waits_for = health["waits_for"]
+        time.sleep(POLL_S)
+    fail(
+        f"the cluster is not ready after {READY_TIMEOUT_S:.0f} s: waits for {', '.join(waits_for)}",
+        "`dolmen status` shows how far it is; the logs are under " + os.fspath(client.layout.dir),
+        Exit.UNFINISHED,
+    )
+
+
+def log_end(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return lines[-LOG_LINES:]
+
+
+def _show_up(client: Client, output: Output, *, already: bool) -> None:
+    status = client.status()
+    if output is Output.JSON:
+        show_json(status)
+        return
+    daemon = status["daemon"]
+    count = len(status["nodes"])
+    print(f"cluster {'was up already' if already else 'is up'}: {count} nodes in {daemon['dir']}")
+    print(
+        f"REST API: {daemon['socket']} and http://{daemon['tcp_address']} (token: {daemon['dir']}/api.token)"
+    )
+    if Path(daemon["dir"]) != default_dir():
+        note(f"next: export DOLMEN_DIR={daemon['dir']}; dolmen volume create data --size 2GiB")
+    else:
+        note("next: dolmen volume create data --size 2GiB")
+
+
+def _run_in_foreground(client: Client, daemon: subprocess.Popen[bytes], output: Output) -> None:
+    """Until Ctrl-C or SIGTERM, which stop everything, also while it starts."""
+
+    def interrupted(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        wait_ready(client, daemon)
+        _show_up(client, output, already=False)
+        note("running in the foreground; Ctrl-C stops everything")
+        code = daemon.wait()
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        note("stopping everything")
+        stop_started(client, daemon)
+        return
+    if code != 0:
+        fail(f"the daemon ended with exit code {code}", f"its log: {client.layout.daemon_log}")
+
+
+def stop_started(client: Client, daemon: subprocess.Popen[bytes] | None) -> None:
+    """Stop a daemon that this process started, whatever it was doing, and everything it started."""
+    deadline_s = time.monotonic() + DOWN_TIMEOUT_S
+    while daemon is not None and daemon.poll() is None:
+        if time.monotonic() > deadline_s:
+            daemon.kill()
+        with contextlib.suppress(StorageError):  # it may not answer yet, or not any more
+            client.shutdown(everything=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            daemon.wait(STOP_POLL_S)
+    stop_everything(client)
+
+
+@user_errors
+def down(directory: DirOption = None, output: OutputOption = Output.TABLE) -> None:
+    """Detach every volume cleanly and stop every process. Repeating it is harmless."""
+    client = Client(directory or default_dir())
+    was_up = stop_everything(client)
+    if output is Output.JSON:
+        show_json({"dir": str(client.layout.dir), "was_up": was_up})
+    else:
+        print(f"cluster in {client.layout.dir}: {'stopped' if was_up else 'was not up'}")
+
+
+def stop_everything(client: Client) -> bool:
+    """True if there was anything to stop."""
+    from control.leftovers import DaemonWatch, end_leftovers, is_daemon_running, remove_runtime_dir
+
+    layout = client.layout
+    was_up = is_daemon_running(layout)
+    if was_up:
+        watch = DaemonWatch(layout)
+        _ask_to_stop(client)
+        if not watch.gone(timeout_s=DOWN_TIMEOUT_S):
+            fail(f"the daemon has not ended after {DOWN_TIMEOUT_S:.0f} s", f"its log: {layout.daemon_log}")
+    # A daemon that was killed leaves its processes running.
+    left = end_leftovers(layout)
+    remove_runtime_dir(layout)
+    return was_up or left > 0
+
+
+def _ask_to_stop(client: Client) -> None:
+    """A daemon that holds its lock but does not answer is just starting or ending: ask again."""
+    from control.leftovers import is_daemon_running
+
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        try:
+            client.shutdown(everything=True)
+            return
+        except DaemonUnreachable:
+            if not is_daemon_running(client.layout):
+                return
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(POLL_S)
+
+
+@user_errors
+def status(directory: DirOption = None, output: OutputOption = Output.TABLE) -> None:
+    """The cluster at a glance."""
+    from cli.node import show_nodes
+    from cli.output import show_conditions, show_table
+    from cli.volume import row
+
+    view = Client(directory or default_dir()).status()
+    if output is Output.JSON:
+        show_json(view)
+        return
+    daemon = view["daemon"]
+    print(
+        f"daemon {daemon['version']}, pid {daemon['pid']}, up {daemon['uptime_s']:.0f} s, {daemon['dir']}\n"
+    )
+    show_nodes(view["nodes"])
+    print()
+    show_table(("VOLUME", "SIZE", "STATE", "IN SYNC", "EPOCH", "NBD URI"), map(row, view["volumes"]))
+    for volume in view["volumes"]:
+        show_conditions(volume["conditions"], indent=f"{volume['name']}: ")

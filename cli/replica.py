@@ -1,0 +1,130 @@
+"""``dolmen replica ...``"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from cli.output import DirOption, Exit, Output, OutputOption, fail, show_json, show_table, user_errors
+from cli.volume import NameArgument, names, resync_text
+from control.client import Client, default_dir
+
+POLL_S = 0.1
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at replicas and verify them.")
+
+
+@app.command("ls")
+@user_errors
+def ls(
+    volume: Annotated[
+        str | None, typer.Argument(help="Only of this volume.", autocompletion=names, show_default=False)
+    ] = None,
+    directory: DirOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """List replicas."""
+    views = Client(directory or default_dir()).replicas(volume)
+    if output is Output.JSON:
+        show_json(views)
+        return
+    show_table(
+        ("VOLUME", "REPLICA", "NODE", "PID", "STATE", "RESYNC", "PATH", "REASON"),
+        (
+            (
+                view["volume"],
+                view["id"],
+                view["node"],
+                view["pid"] or "-",
+                view["state"],
+                resync_text(view["resync"]),
+                view["path"],
+                view["reason"],
+            )
+            for view in views
+        ),
+    )
+
+
+@app.command("verify")
+@user_errors
+def verify(volume: NameArgument, directory: DirOption = None, output: OutputOption = Output.TABLE) -> None:
+    """Read every replica: same bytes everywhere, every checksum right. Works attached and detached."""
+    client = Client(directory or default_dir())
+    started = client.verify(volume)
+    if sys.stderr.isatty() and output is Output.TABLE:
+        job = _watch_with_bar(client, started)
+    else:
+        *_, job = follow(client, started)
+    if output is Output.JSON:
+        show_json(job)
+    if job["state"] == "failed":
+        fail(
+            f"the verification of {volume} could not finish: {job['error']}",
+            "`dolmen status`, then try again",
+        )
+    if output is Output.TABLE:
+        show_result(volume, job["result"])
+    code = {"same": Exit.OK, "different": Exit.DIFFERENT, "incomplete": Exit.UNFINISHED}
+    raise typer.Exit(int(code[job["result"]["verdict"]]))
+
+
+def follow(client: Client, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The job's states until it is finished, the last one included."""
+    while True:
+        yield job
+        if job["state"] != "running":
+            return
+        time.sleep(POLL_S)
+        job = client.job(job["id"])
+
+
+def _watch_with_bar(client: Client, started: dict[str, Any]) -> dict[str, Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("verifying", total=None)
+        for job in follow(client, started):
+            progress.update(task, completed=job["done"], total=job["total"] or None)
+    return job
+
+
+def show_result(volume: str, result: dict[str, Any]) -> None:
+    show_table(
+        ("REPLICA", "NODE", "BLOCKS VERIFIED", "DAMAGED", "DIGEST", "REMARK"),
+        (
+            (
+                replica["id"],
+                replica["node"],
+                replica["blocks_verified"],
+                replica["damaged_count"],
+                replica["digest"] or "-",
+                replica["reason"] or ("-" if replica["compared"] else "not compared"),
+            )
+            for replica in result["replicas"]
+        ),
+    )
+    print(f"{volume}: {verdict_text(result)}")
+
+
+def verdict_text(result: dict[str, Any]) -> str:
+    compared = sum(replica["compared"] for replica in result["replicas"])
+    regions = f"{result['regions_equal']} of {result['regions_total']} regions equal"
+    damaged = sum(replica["damaged_count"] for replica in result["replicas"])
+    match result["verdict"]:
+        case "same":
+            return f"same: {compared} replicas hold the same bytes, every checksum verifies ({regions})"
+        case "different":
+            listed = ", ".join(map(str, result["regions_different"][:5]))
+            where = f"; regions that differ: {listed}" if listed else ""
+            count = result["regions_different_count"]
+            return f"DIFFERENT: {damaged} damaged blocks, {count} regions differ{where}"
+        case _:
+            busy = result["regions_busy_count"]
+            why = f"; {busy} regions were written at every look" if busy else ""
+            return f"incomplete: nothing bad was found, {compared} replicas compared ({regions}){why}"

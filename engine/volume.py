@@ -1,0 +1,907 @@
+"""One attached volume: who is in sync, what is done about who is not. The engine's pure step machine.
+
+Owns the volume's phases, the replicas' sessions and roles, the membership records of this epoch, and whose
+answer an acknowledgement needs. ``step(event)`` returns what the shell (``server.py``) must do; there is no
+clock, socket, task or chance in here. Parts with an order of their own stand apart: ``membership.py`` (open
+and commit rules), ``joining.py`` (a resync), ``reconcile.py``.
+
+Does not own requests, blocks or sockets: that is ``dataplane/core/src/engine/``, reached through
+``io_path.py``.
+
+Promises, checked after each step (``check_invariants``): while clients are served, a write is acknowledged
+only when it is held by every replica that any record named which may be durable anywhere (C13); only replicas
+that the committed record names, and that have a link, serve reads (C8); at most one resync runs, and none
+while members are being made equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from engine.events import (
+    EXIT_DETACHED,
+    EXIT_FENCED,
+    EXIT_REOPEN,
+    Action,
+    AttachLink,
+    Barrier,
+    Call,
+    CallFailed,
+    ChangedListed,
+    Claim,
+    Claimed,
+    Cleaned,
+    CleanReplica,
+    CloseSession,
+    CompleteRegions,
+    DetachAsked,
+    DetachLink,
+    DirtyListed,
+    Drained,
+    Event,
+    Fenced,
+    LinkAttached,
+    LinkDown,
+    LinkMode,
+    ListDirty,
+    Log,
+    Pause,
+    PersistRecord,
+    RecordPersisted,
+    RecordStored,
+    RegionDiverged,
+    Regions,
+    RegionsEqual,
+    RegionsPulled,
+    RegionWanted,
+    ReplicaDown,
+    ReplicaReport,
+    ReplicaUp,
+    Reply,
+    ResizeAsked,
+    Resized,
+    ResizeReplica,
+    ResyncBegun,
+    ResyncEnded,
+    SetMembers,
+    SetReaders,
+    SetSize,
+    SetUnequal,
+    Started,
+    StartTimer,
+    Stop,
+    StoreDown,
+    StoreRecord,
+    StoreUp,
+    Timer,
+    TimerFired,
+    TimerKind,
+)
+from engine.joining import Joining
+from engine.limits import (
+    DETACH_DRAIN_WAIT_S,
+    NO_SPACE_RETRY_S,
+    PULL_RETRY_S,
+    RECONNECT_CAP_S,
+    RETRY_BASE_S,
+    RETRY_CAP_S,
+    STABLE_AFTER_S,
+    STRAGGLER_WAIT_S,
+)
+from engine.membership import Ledger, MayOpen, MustWait, decide_open
+from engine.reconcile import Reconcile
+from engine.replica_entry import (
+    REQUIRED_RESYNC_STATES,
+    RESYNC_STATES,
+    ReplicaEntry,
+    ReplicaState,
+)
+from protocol.errors import BadRequest, ShrinkRefused, StaleEpoch, StorageError, from_wire
+from protocol.frames import Status
+from protocol.membership import MembershipRecord
+
+SOURCE_CODES = frozenset({"unreachable", "source_failed"})
+"""A pull that failed so says nothing against the replica that was to be brought up to date."""
+
+UPKEEP_PASSES_MAX = 32
+"""Each pass but the last does something that cannot be undone within the step; a handful is normal."""
+
+
+class VolumePhase(Enum):
+    """::
+
+    INSPECTING <-> CLAIMING -> RECORDING -> SERVING -> DETACHING -> CLEANING -> ENDED
+
+    ENDED may follow each: detached, fenced, or to be opened anew.
+    """
+
+    INSPECTING = "inspecting"  # replicas are found; may the volume be opened?
+    CLAIMING = "claiming"  # those found are locking out older engines
+    RECORDING = "recording"  # the first record of this epoch is being committed
+    SERVING = "serving"
+    DETACHING = "detaching"  # no new requests; those under way are finished
+    CLEANING = "cleaning"  # replicas flush and clear their marks
+    ENDED = "ended"
+
+
+_P = VolumePhase
+
+_NEXT: Mapping[VolumePhase, frozenset[VolumePhase]] = {
+    _P.INSPECTING: frozenset({_P.CLAIMING, _P.ENDED}),
+    _P.CLAIMING: frozenset({_P.INSPECTING, _P.RECORDING, _P.ENDED}),
+    _P.RECORDING: frozenset({_P.SERVING, _P.ENDED}),
+    _P.SERVING: frozenset({_P.DETACHING, _P.ENDED}),
+    _P.DETACHING: frozenset({_P.CLEANING, _P.ENDED}),
+    _P.CLEANING: frozenset({_P.ENDED}),
+    _P.ENDED: frozenset(),
+}
+assert _NEXT.keys() == set(VolumePhase)
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSpec:
+    """What the daemon grants with the epoch. The order of ``replica_ids`` gives the slots."""
+
+    volume_id: str
+    name: str
+    size_bytes: int
+    epoch: int
+    stored: MembershipRecord
+    replica_ids: tuple[str, ...]
+    straggler_wait_s: float = STRAGGLER_WAIT_S
+
+
+class Volume:
+    def __init__(self, spec: VolumeSpec) -> None:
+        self.spec = spec
+        self.size_bytes = spec.size_bytes
+        self.phase = VolumePhase.INSPECTING
+        self.entries = tuple(ReplicaEntry(slot, r) for slot, r in enumerate(spec.replica_ids))
+        self.must_wait: MustWait | None = None  # why the volume can't be opened now
+        self.newest = spec.stored  # the newest record known before this epoch's first
+        self.ledger: Ledger | None = None
+        self.joining: Joining | None = None
+        self.reconcile: Reconcile | None = None
+        self.store_up = False
+        self.store_reason = "not connected yet"
+        self.members: tuple[int, ...] = ()  # as last told to the data plane
+        self.readers: tuple[int, ...] = ()
+        self._stored_stamp = spec.stored.stamp
+        self._stragglers_waited = False
+        self._opened_suspect = False  # all members the volume was opened with were suspect
+        self._diverged: set[int] = set()  # regions to reconcile next
+        self._token = 0
+        self._to_complete: dict[
+            int, tuple[int, int]
+        ] = {}  # token -> slot, session of a member that came back
+        self._retry_started = False
+        self._resize: ResizeAsked | None = None
+        self._detach_requests: list[int] = []
+        self._detach_token = 0
+        self._drained = False
+        self._cleaning: set[int] = set()
+        self._out: list[Action] = []
+
+    @property
+    def ended(self) -> bool:
+        return self.phase is VolumePhase.ENDED
+
+    def step(self, event: Event) -> list[Action]:
+        """Apply one event; what the shell must do, in this order. No I/O, no clock, no await."""
+        self._out = []
+        if not self.ended:
+            self._apply(event)
+            self._upkeep()
+            self.check_invariants()
+        return self._out
+
+    # What the parts may do (joining.Host)
+
+    def act(self, action: Action) -> None:
+        self._out.append(action)
+
+    def move(self, entry: ReplicaEntry, to: ReplicaState) -> None:
+        was = entry.state
+        entry.transition(to)
+        self._log("replica state changed", replica=entry.id, was=was.value, now=to.value, reason=entry.reason)
+
+    def next_token(self) -> int:
+        self._token += 1
+        return self._token
+
+    def retry_pulls_later(self) -> None:
+        if not self._retry_started:
+            self._retry_started = True
+            self.act(StartTimer(Timer(TimerKind.PULL_RETRY), PULL_RETRY_S))
+
+    def _enter(self, to: VolumePhase) -> None:
+        """The only assignment to ``phase`` after the first."""
+        assert to in _NEXT[self.phase], f"{self.phase.name} -> {to.name}"
+        self._log("volume phase changed", was=self.phase.value, now=to.value)
+        self.phase = to
+
+    def _log(self, event: str, **fields: object) -> None:
+        self.act(Log(event, fields))
+
+    # Events
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case Started():
+                timer = Timer(TimerKind.STRAGGLERS)
+                self.act(StartTimer(timer, self.spec.straggler_wait_s))
+            case ReplicaUp() | Claimed() | LinkAttached() | ReplicaDown() | LinkDown():
+                self._on_session_event(event)
+            case RecordPersisted(slot, session, stamp):
+                if entry := self._current(slot, session):
+                    entry.persisting = None
+                    entry.held = max(entry.held, stamp)
+            case RecordStored(stamp):
+                self._stored_stamp = stamp
+                self._store_is(True, "")
+            case StoreUp():
+                self._store_is(True, "")
+            case StoreDown(reason):
+                self._store_is(False, reason)
+            case (
+                DirtyListed()
+                | ChangedListed()
+                | ResyncBegun()
+                | RegionsPulled()
+                | ResyncEnded()
+                | Drained()
+                | RegionWanted()
+                | RegionDiverged()
+            ):
+                self._on_resync_event(event)
+            case Resized(slot, session, size_bytes):
+                if entry := self._current(slot, session):
+                    entry.resizing = False
+                    entry.size_bytes = max(entry.size_bytes, size_bytes)
+            case Cleaned(slot, _):
+                self._cleaning.discard(slot)
+            case CallFailed():
+                self._on_call_failed(event)
+            case TimerFired(timer):
+                self._on_timer(timer)
+            case Fenced(by):
+                self._end(EXIT_FENCED, f"fenced by {by}")
+            case DetachAsked(request):
+                self._on_detach(request)
+            case ResizeAsked():
+                self._on_resize(event)
+
+    def _current(self, slot: int, session: int) -> ReplicaEntry | None:
+        """The replica, if the event is about its present session."""
+        entry = self.entries[slot]
+        alive = entry.state is not ReplicaState.OFFLINE and entry.session == session
+        return entry if alive else None
+
+    def _store_is(self, up: bool, reason: str) -> None:
+        if self.store_up != up:
+            self._log("state store reachable" if up else "state store lost", reason=reason)
+        self.store_up, self.store_reason = up, reason
+
+    def _on_session_event(self, event: ReplicaUp | Claimed | LinkAttached | ReplicaDown | LinkDown) -> None:
+        match event:
+            case ReplicaUp(slot, session, report):
+                self._on_up(self.entries[slot], session, report)
+            case ReplicaDown(slot, session, reason):
+                if entry := self._current(slot, session):
+                    self._lose(entry, reason)
+                elif self.entries[slot].state is ReplicaState.OFFLINE and session == 0:
+                    self.entries[slot].reason = reason
+            case Claimed(slot, session, report):
+                if entry := self._current(slot, session):
+                    entry.take_report(report)
+                    entry.claimed_once = True
+                    self.move(entry, ReplicaState.CLAIMED)
+            case LinkAttached(slot, session, generation):
+                entry = self._current(slot, session)
+                if entry is None:
+                    self.act(DetachLink(slot, generation))
+                    return
+                entry.generation = generation
+                if entry.state is ReplicaState.LINKING and self.joining is not None:
+                    self.joining.on_linked()
+            case LinkDown(slot, generation, reason, status):
+                entry = self.entries[slot]
+                if entry.generation == generation:
+                    entry.generation = None
+                    self._on_link_down(entry, reason, status)
+
+    def _on_up(self, entry: ReplicaEntry, session: int, report: ReplicaReport) -> None:
+        if report.epoch > self.spec.epoch:
+            self._end(EXIT_FENCED, f"{entry.id} was claimed in epoch {report.epoch}")
+            return
+        if report.replica_id != entry.id:
+            entry.reason = f"its address answers as {report.replica_id}"
+            self.act(CloseSession(entry.slot, session, RETRY_CAP_S))
+            return
+        entry.begin_session(session, report, self.spec.epoch)
+        self.move(entry, ReplicaState.FOUND)
+        if self.phase is not VolumePhase.INSPECTING:
+            self._claim(entry)
+
+    def _claim(self, entry: ReplicaEntry) -> None:
+        self.move(entry, ReplicaState.CLAIMING)
+        self.act(Claim(entry.slot, entry.session))
+
+    def _on_link_down(self, entry: ReplicaEntry, reason: str, status: int) -> None:
+        if status == Status.STALE_EPOCH:
+            self._end(EXIT_FENCED, f"fenced by {entry.id}")
+            return
+        if status == Status.IO_ERROR:
+            entry.failed_here = True
+        self._drop(entry, reason, no_space=status == Status.NO_SPACE)
+
+    def _drop(self, entry: ReplicaEntry, reason: str, *, no_space: bool = False) -> None:
+        """End a session from our side; it is tried again later."""
+        if entry.state is ReplicaState.OFFLINE:
+            return
+        delay_s = NO_SPACE_RETRY_S if no_space else 0.0
+        if entry.failures:
+            delay_s = max(delay_s, min(RETRY_CAP_S, RETRY_BASE_S * 2 ** (entry.failures - 1)))
+        if self._is_member(entry):
+            delay_s = min(delay_s, RECONNECT_CAP_S)  # everybody may be waiting for it
+        entry.failures += 1
+        self.act(CloseSession(entry.slot, entry.session, delay_s))
+        self._lose(entry, reason)
+
+    def _lose(self, entry: ReplicaEntry, reason: str) -> None:
+        entry.reason = reason
+        if entry.generation is not None:
+            self.act(DetachLink(entry.slot, entry.generation))
+            entry.generation = None
+        self.move(entry, ReplicaState.OFFLINE)
+        if self.joining is not None and self.joining.target is entry:
+            self.joining.on_dropped()
+            self.joining = None
+        self._cleaning.discard(entry.slot)
+
+    def _on_resync_event(
+        self,
+        event: DirtyListed
+        | ChangedListed
+        | ResyncBegun
+        | RegionsPulled
+        | ResyncEnded
+        | Drained
+        | RegionWanted
+        | RegionDiverged,
+    ) -> None:
+        match event:
+            case Drained(token):
+                self._on_drained(token)
+                return
+            case RegionWanted(region):
+                for part in (self.joining, self.reconcile):
+                    if part is not None:
+                        part.want(region)
+                return
+            case RegionDiverged(region):
+                self._diverged.add(region)
+                return
+        entry = self._current(event.slot, event.session)
+        if entry is None:
+            return
+        joining = self.joining if self.joining is not None and self.joining.target is entry else None
+        match event:
+            case DirtyListed(regions=regions):
+                entry.dirty = regions
+            case ChangedListed(target=target, regions=regions):
+                if self.joining is not None and self.joining.target.slot == target:
+                    self.joining.on_changed(entry, regions)
+            case ResyncBegun(slot):
+                if joining is not None:
+                    joining.on_begun()
+                elif self.reconcile is not None:
+                    self.reconcile.on_begun(slot)
+            case RegionsPulled(slot, _, regions, bytes_copied):
+                if joining is not None:
+                    joining.on_pulled(regions, bytes_copied)
+                elif self.reconcile is not None:
+                    self.reconcile.on_pulled(slot, regions, bytes_copied)
+            case ResyncEnded():
+                if joining is not None:
+                    joining.on_ended()
+
+    def _on_drained(self, token: int) -> None:
+        if token == self._detach_token != 0:
+            self._drained = True
+        if token in self._to_complete:
+            slot, session = self._to_complete.pop(token)
+            entry = self._current(slot, session)
+            if entry is not None and entry.in_sync and entry.dirty:
+                self.act(CompleteRegions(slot, session, entry.dirty))
+                entry.dirty = ()
+        if self.joining is not None:
+            self.joining.on_drained(token)
+        if self.reconcile is not None:
+            self.reconcile.on_drained(token)
+
+    def _on_call_failed(self, event: CallFailed) -> None:
+        entry = self._current(event.slot, event.session)
+        if event.code == StaleEpoch.code:
+            self._end(EXIT_FENCED, f"fenced by {self.entries[event.slot].id}")
+            return
+        if entry is None:
+            return
+        joining = self.joining
+        match event.call:
+            case Call.CHANGED:
+                if joining is not None and joining.target.slot == event.other:
+                    joining.on_changed_failed(entry)
+                return
+            case Call.PULL if event.code in SOURCE_CODES:
+                if joining is not None and joining.target is entry:
+                    joining.on_source_failed(event.other, event.regions)
+                elif self.reconcile is not None:
+                    self.reconcile.on_source_failed(event.slot, event.other, event.regions)
+                return
+            case Call.COMPLETE:
+                self._log("complete_regions failed", replica=entry.id, reason=event.reason)
+                return
+            case Call.RESIZE if self._resize is not None and entry.in_sync:
+                entry.resizing = False
+                self._answer_resize(from_wire({"code": event.code, "message": f"{entry.id}: {event.reason}"}))
+                return
+            case Call.CLEAN:
+                self._cleaning.discard(event.slot)
+                return
+        self._drop(entry, event.reason, no_space=event.code == "no_space")
+
+    def _on_timer(self, timer: Timer) -> None:
+        match timer.kind:
+            case TimerKind.STRAGGLERS:
+                self._stragglers_waited = True
+            case TimerKind.PULL_RETRY:
+                self._retry_started = False
+                if self.joining is not None:
+                    self.joining.forgive_sources()
+                if self.reconcile is not None:
+                    self.reconcile.retry()
+            case TimerKind.STABLE:
+                entry = self.entries[timer.slot]
+                if entry.in_sync and entry.stable_number == timer.number:
+                    entry.failures = 0
+            case TimerKind.DETACH:
+                self._end(EXIT_DETACHED, "detached without cleaning")
+
+    # Upkeep: level-triggered, until nothing is left to do
+
+    def _upkeep(self) -> None:
+        for _ in range(UPKEEP_PASSES_MAX):
+            before = len(self._out)
+            if self.phase in (VolumePhase.INSPECTING, VolumePhase.CLAIMING):
+                self._advance_opening()
+            if self.phase in (VolumePhase.RECORDING, VolumePhase.SERVING, VolumePhase.DETACHING):
+                self._advance_membership()
+                self._assign_roles()
+                self._begin_serving()
+                self._inform_others()
+                self._advance_resize()
+                self._advance_resyncs()
+                self.announce_members()
+            self._advance_detach()
+            if len(self._out) == before:
+                return
+        raise AssertionError(f"upkeep does not settle: {self._out[-5:]}")
+
+    # Opening
+
+    def _advance_opening(self) -> None:
+        if self.phase is VolumePhase.INSPECTING:
+            found = [e for e in self.entries if e.state is not ReplicaState.OFFLINE]
+            decision = self._decide(found)
+            if isinstance(decision, MustWait) or (decision.absent and not self._stragglers_waited):
+                return
+            self._enter(VolumePhase.CLAIMING)
+            for entry in found:
+                if entry.state is ReplicaState.FOUND:
+                    self._claim(entry)
+        if any(entry.state is ReplicaState.CLAIMING for entry in self.entries):
+            return
+        # Only now are the records final: an older engine may have committed one until it was locked out.
+        decision = self._decide([entry for entry in self.entries if entry.claimed])
+        if isinstance(decision, MustWait):
+            self._enter(VolumePhase.INSPECTING)
+            return
+        self._opened_suspect = any(e.suspect for e in self.entries if e.id in decision.members)
+        for entry in self.entries:
+            before = entry.epoch_before
+            if entry.id in decision.newest.in_sync and before is not None and before < decision.newest.epoch:
+                entry.rolled_back = True
+        self.ledger = Ledger(
+            epoch=self.spec.epoch,
+            newest=decision.newest,
+            members=decision.members,
+            replica_count=len(self.entries),
+        )
+        self._log("open decided", record=decision.newest.to_wire(), members=sorted(decision.members))
+        self._enter(VolumePhase.RECORDING)
+
+    def _decide(self, entries: list[ReplicaEntry]) -> MayOpen | MustWait:
+        reports = {
+            e.id: replace(e.report, epoch=e.epoch_before)
+            for e in entries
+            if e.report is not None and e.epoch_before is not None
+        }
+        decision = decide_open(self.spec.stored, reports, self.spec.replica_ids)
+        self.newest = decision.newest
+        self.must_wait = decision if isinstance(decision, MustWait) else None
+        return decision
+
+    # Membership
+
+    def _is_member(self, entry: ReplicaEntry) -> bool:
+        """Named by the committed record (before this epoch's first: to be named by it)."""
+        return self.ledger is not None and entry.id in self.ledger.committed.in_sync
+
+    def members_up(self) -> list[ReplicaEntry]:
+        return [entry for entry in self.entries if entry.in_sync and self._is_member(entry)]
+
+    def _advance_membership(self) -> None:
+        ledger = self.ledger
+        assert ledger is not None
+        opening = self.phase is VolumePhase.RECORDING
+        if opening and any(self._is_member(e) and self._may_attach(e) for e in self.entries):
+            return  # they are about to be there, or gone
+        target = frozenset(entry.id for entry in self.members_up())
+        if target:
+            target |= self._joiner_to_record(ledger)
+            if target != ledger.latest.in_sync or (ledger.proposed is None and not ledger.opened):
+                record = ledger.propose(target)
+                self._log("record proposed", record=record.to_wire())
+                self.act(StoreRecord(record))
+        self._drive_proposal(ledger)
+
+    def _joiner_to_record(self, ledger: Ledger) -> frozenset[str]:
+        """The replica whose resync is done, if it may be named now."""
+        joiner = self.joining.target if self.joining is not None else None
+        if joiner is None or joiner.state is not ReplicaState.RECORDING:
+            return frozenset()
+        if self.store_up:
+            return frozenset({joiner.id})
+        if joiner.id not in ledger.exposed:
+            return frozenset()  # without the state store it would only hold everybody up
+        if len(self.members_up()) < len(ledger.committed.in_sync):
+            # A member was lost while the state store is away. Without the joiner a majority may go on.
+            self._drop(joiner, "state store unreachable while it was being added")
+            return frozenset()
+        return frozenset({joiner.id})
+
+    def _drive_proposal(self, ledger: Ledger) -> None:
+        record = ledger.proposed
+        if record is None:
+            return
+        named = [entry for entry in self.entries if entry.id in record.in_sync]
+        for entry in named:
+            ready = entry.state in (ReplicaState.IN_SYNC, ReplicaState.RECORDING)
+            if ready and entry.held != record.stamp and entry.persisting is None:
+                self._persist(entry, record)
+        if ledger.can_commit({entry.id: entry.held for entry in self.entries}, self._stored_stamp):
+            self._commit(ledger)
+
+    def _persist(self, entry: ReplicaEntry, record: MembershipRecord) -> None:
+        entry.persisting = record.stamp
+        self.act(PersistRecord(entry.slot, entry.session, record))
+
+    def _commit(self, ledger: Ledger) -> None:
+        were = ledger.committed.in_sync if ledger.opened else frozenset[str]()
+        ledger.commit()
+        self._log("record committed", record=ledger.committed.to_wire())
+        for entry in self.entries:
+            if not self._is_member(entry):
+                entry.vouched = False
+                if entry.state is ReplicaState.ATTACHING:
+                    self._drop(entry, "left out while it came back")
+            elif entry.id not in were and self.phase is not VolumePhase.RECORDING:
+                self._grew(entry)
+
+    def _grew(self, entry: ReplicaEntry) -> None:
+        """A record that names it for the first time is committed, whatever became of it meanwhile."""
+        entry.vouched = True
+        if entry.state is ReplicaState.RECORDING:
+            entry.failed_here = False
+            entry.rolled_back = False
+            self._finish_joining(entry)
+        elif entry.state in RESYNC_STATES:
+            self._drop(entry, "named in sync while it was resynced again")
+
+    def _finish_joining(self, entry: ReplicaEntry) -> None:
+        joining = self.joining
+        assert joining is not None and joining.target is entry
+        self.joining = None
+        self._enter_in_sync(entry)
+        self.act(CompleteRegions(entry.slot, entry.session, joining.regions))
+
+    def _enter_in_sync(self, entry: ReplicaEntry) -> None:
+        entry.reason = ""
+        self.move(entry, ReplicaState.IN_SYNC)
+        entry.stable_number += 1
+        timer = Timer(TimerKind.STABLE, entry.slot, entry.stable_number)
+        self.act(StartTimer(timer, STABLE_AFTER_S))
+
+    def announce_members(self) -> None:
+        """Tell the data plane whose answers count, when that changed."""
+        members: tuple[int, ...] = ()
+        readers: tuple[int, ...] = ()
+        if self.phase in (VolumePhase.SERVING, VolumePhase.DETACHING):
+            required = self._required()
+            members = tuple(entry.slot for entry in self.entries if entry.id in required)
+            readers = tuple(entry.slot for entry in self.members_up())
+        if not set(readers) <= set(self.readers):
+            self._set_members(members)  # who serves reads must be a member first
+        if readers != self.readers:
+            self.readers = readers
+            self.act(SetReaders(readers))
+        self._set_members(members)
+
+    def _set_members(self, members: tuple[int, ...]) -> None:
+        if members != self.members:
+            self.members = members
+            self.act(SetMembers(members))
+
+    def requires(self, entry: ReplicaEntry) -> bool:
+        """Whether acknowledgements need it, connected or not."""
+        return entry.id in self._required()
+
+    def _required(self) -> frozenset[str]:
+        assert self.ledger is not None
+        if self.joining is not None and self.joining.target.state in REQUIRED_RESYNC_STATES:
+            return self.ledger.exposed | {self.joining.target.id}
+        return self.ledger.exposed
+
+    # Roles
+
+    def _may_attach(self, entry: ReplicaEntry) -> bool:
+        """On its way to being a member with a link."""
+        if entry.state in (ReplicaState.CLAIMED, ReplicaState.STALE):
+            return self._obstacle(entry) == ""
+        return entry.state is ReplicaState.ATTACHING
+
+    def _obstacle(self, entry: ReplicaEntry) -> str:
+        """Why a claimed member can't simply go on as one; "" if it can."""
+        assert entry.report is not None
+        if entry.report.state != "open":
+            return entry.report.reason or entry.report.state
+        if entry.suspect and not (self.phase is VolumePhase.RECORDING and self._opened_suspect):
+            return "it may have lost acknowledged writes"
+        opening = self.phase is VolumePhase.RECORDING
+        if not opening and (self.reconcile is not None or not entry.vouched):
+            return "members were being made equal when it was lost"
+        return ""
+
+    def _assign_roles(self) -> None:
+        for entry in self.entries:
+            if entry.state is ReplicaState.ATTACHING:
+                if entry.generation is not None and entry.dirty is not None:
+                    self._enter_in_sync(entry)
+                    if self.phase is not VolumePhase.RECORDING:
+                        self._complete_later(entry)
+                continue
+            # STALE and a member: it was lost and came back while the record that names it was committed.
+            decidable = entry.state is ReplicaState.CLAIMED or (
+                entry.state is ReplicaState.STALE and self._is_member(entry)
+            )
+            if not decidable or entry.size_bytes < self.size_bytes:
+                continue
+            if not self._is_member(entry):
+                if entry.report is not None and entry.report.state == "open":
+                    self.move(entry, ReplicaState.STALE)
+                else:
+                    entry.reason = self._obstacle(entry)
+            elif obstacle := self._obstacle(entry):
+                entry.reason = obstacle
+            else:
+                self.move(entry, ReplicaState.ATTACHING)
+                self.act(ListDirty(entry.slot, entry.session))
+                self.act(AttachLink(entry.slot, entry.session, LinkMode.SYNC))
+        self._reopen_if_stuck()
+
+    def _complete_later(self, entry: ReplicaEntry) -> None:
+        """A member came back. Once it has the unfinished writes, what it had dirty is equal everywhere."""
+        token = self.next_token()
+        self._to_complete[token] = (entry.slot, entry.session)
+        self.act(Barrier(token))
+
+    def _reopen_if_stuck(self) -> None:
+        """All members were lost, and those that came back can't go on where they were: a new epoch starts
+        from what they say. Clients see a pause; what was acknowledged is decided by the open rule."""
+        members = [entry for entry in self.entries if self._is_member(entry)]
+        coming = (ReplicaState.FOUND, ReplicaState.CLAIMING)
+        if any(e.in_sync or self._may_attach(e) or e.state in coming for e in members):
+            return
+        here = (ReplicaState.CLAIMED, ReplicaState.STALE)
+        back = [e for e in members if e.state in here and e.report and e.report.state == "open"]
+        certain = [entry for entry in back if not entry.suspect]
+        unequal = any(self.reconcile is not None or not entry.vouched for entry in certain)
+        if unequal or (not certain and len(back) == len(members)):
+            self._end(EXIT_REOPEN, "members came back without what they had")
+
+    def _begin_serving(self) -> None:
+        ledger = self.ledger
+        if self.phase is not VolumePhase.RECORDING or ledger is None or not ledger.opened:
+            return
+        members = self.members_up()
+        if len(members) < len(self._required()):
+            return  # it comes back, or a record without it is committed
+        regions: set[int] = set()
+        for entry in members:
+            assert entry.dirty is not None
+            regions.update(entry.dirty)
+            entry.vouched = True
+        self._enter(VolumePhase.SERVING)
+        self._start_reconcile(members, tuple(sorted(regions)))
+
+    def _inform_others(self) -> None:
+        """Replicas that are not members hold the committed record too: it stamps what they write."""
+        ledger = self.ledger
+        if ledger is None or not ledger.opened:
+            return
+        for entry in self.entries:
+            outside = entry.state is ReplicaState.STALE or (
+                entry.state in RESYNC_STATES and entry.id not in ledger.latest.in_sync
+            )
+            if outside and entry.held < ledger.committed.stamp and entry.persisting is None:
+                self._persist(entry, ledger.committed)
+
+    # Resync and reconcile
+
+    def _start_reconcile(self, members: list[ReplicaEntry], regions: Regions) -> None:
+        if len(members) > 1 and regions:
+            self._log("reconcile started", region_count=len(regions), source=members[0].id)
+            self.act(SetUnequal(regions))
+            self.reconcile = Reconcile(self, members, regions)
+            return
+        for entry in members:
+            # Also without regions: it is what clears a suspicion.
+            self.act(CompleteRegions(entry.slot, entry.session, regions))
+
+    def _advance_resyncs(self) -> None:
+        if self.phase not in (VolumePhase.SERVING, VolumePhase.DETACHING):
+            return
+        if self._diverged and self.reconcile is None:
+            self._reconcile_diverged()
+        if self.reconcile is not None:
+            self.reconcile.advance()
+            if self.reconcile.done:
+                self._log("reconcile done", region_count=self.reconcile.total_count)
+                self.reconcile = None
+        if self.reconcile is None and not self._diverged and self.phase is VolumePhase.SERVING:
+            self._start_joining()
+        if self.joining is not None:
+            self.joining.advance(self.members_up(), store_up=self.store_up)
+
+    def _reconcile_diverged(self) -> None:
+        """A write failed on all members; each may have some of it."""
+        if self.joining is not None:
+            self._drop(self.joining.target, "a write failed on all members during its resync")
+        members = self.members_up()
+        if len(members) < len(self._required()):
+            return  # it comes back, or a record without it is committed
+        regions = tuple(sorted(self._diverged))
+        self._diverged.clear()
+        if len(members) > 1:
+            self._start_reconcile(members, regions)
+        else:
+            self.act(RegionsEqual(regions))  # one copy is equal to itself
+
+    def _start_joining(self) -> None:
+        ledger = self.ledger
+        if self.joining is not None or ledger is None or not self.members_up():
+            return
+        for entry in self.entries:
+            waits = entry.state is ReplicaState.STALE and not self._is_member(entry)
+            if waits and entry.held >= ledger.committed.stamp:
+                self.joining = Joining(self, entry)
+                return
+
+    # Resize
+
+    def _on_resize(self, event: ResizeAsked) -> None:
+        error: StorageError | None = None
+        if self.phase is not VolumePhase.SERVING:
+            error = BadRequest(reason=f"volume {self.spec.name} is {self.phase.value}")
+        elif self._resize is not None:
+            error = BadRequest(reason=f"volume {self.spec.name} is being resized already")
+        elif event.size_bytes < self.size_bytes:
+            error = ShrinkRefused(volume=self.spec.name, current=self.size_bytes, wanted=event.size_bytes)
+        elif event.size_bytes > self.size_bytes:
+            self._resize = event
+            return
+        self.act(Reply(event.request, error))
+
+    def _advance_resize(self) -> None:
+        """Replicas grow first, then the volume: a write past a replica's end can't happen."""
+        wanted_bytes = self._resize.size_bytes if self._resize is not None else self.size_bytes
+        for entry in self.entries:
+            if entry.claimed and entry.size_bytes < wanted_bytes and not entry.resizing:
+                entry.resizing = True
+                self.act(ResizeReplica(entry.slot, entry.session, wanted_bytes))
+        if self._resize is None or self.phase is not VolumePhase.SERVING:
+            return
+        required = self._required()
+        needed = [e for e in self.entries if e.id in required or e.state in RESYNC_STATES]
+        if all(entry.claimed and entry.size_bytes >= wanted_bytes for entry in needed):
+            self.size_bytes = wanted_bytes
+            self.act(SetSize(wanted_bytes))
+            self._answer_resize(None)
+
+    def _answer_resize(self, error: StorageError | None) -> None:
+        if self._resize is not None:
+            self.act(Reply(self._resize.request, error))
+            self._resize = None
+
+    # Detach and the end
+
+    def _on_detach(self, request: int) -> None:
+        self._detach_requests.append(request)
+        if self.phase in (VolumePhase.INSPECTING, VolumePhase.CLAIMING, VolumePhase.RECORDING):
+            self._end(EXIT_DETACHED, "detached before it was open")
+        elif self.phase is VolumePhase.SERVING:
+            if self.joining is not None:
+                self._drop(self.joining.target, "the volume is being detached")
+            self._enter(VolumePhase.DETACHING)
+            self._answer_resize(BadRequest(reason=f"volume {self.spec.name} is being detached"))
+            self._detach_token = self.next_token()
+            self.act(Pause(True))
+            self.act(Barrier(self._detach_token))
+            self.act(StartTimer(Timer(TimerKind.DETACH), DETACH_DRAIN_WAIT_S))
+
+    def _advance_detach(self) -> None:
+        if self.phase is VolumePhase.DETACHING and self._drained:
+            ledger = self.ledger
+            assert ledger is not None
+            members = self.members_up()
+            unequal = self.reconcile is not None or bool(self._diverged)
+            if ledger.proposed is None and not unequal and len(members) == len(ledger.committed.in_sync):
+                # Every request is answered and all members are equal: their marks can go.
+                self._enter(VolumePhase.CLEANING)
+                self._cleaning = {entry.slot for entry in members}
+                for entry in members:
+                    self.act(CleanReplica(entry.slot, entry.session))
+        if self.phase is VolumePhase.CLEANING and not self._cleaning:
+            self._end(EXIT_DETACHED, "detached")
+
+    def _end(self, exit_code: int, reason: str) -> None:
+        if self.ended:
+            return
+        self._log("volume closed", exit_code=exit_code, reason=reason)
+        self._enter(VolumePhase.ENDED)
+        error: StorageError | None = None
+        if exit_code != EXIT_DETACHED:
+            error = StorageError(f"volume {self.spec.name}: {reason}")
+        self._answer_resize(error or BadRequest(reason=f"volume {self.spec.name} was detached"))
+        for request in self._detach_requests:
+            self.act(Reply(request, error))
+        self._detach_requests.clear()
+        self.act(Stop(exit_code))
+
+    def check_invariants(self) -> None:
+        if self.ended:
+            return
+        if self.ledger is not None:
+            self.ledger.check_invariants()
+            committed = self.ledger.committed.in_sync
+            for entry in self.entries:
+                assert not entry.in_sync or entry.id in committed, entry.id
+                assert not entry.in_sync or entry.generation is not None, entry.id
+                assert entry.state is not ReplicaState.OFFLINE or entry.generation is None, entry.id
+        if self.phase in (VolumePhase.SERVING, VolumePhase.DETACHING):
+            assert self.ledger is not None and self.ledger.opened
+            ids = {self.entries[slot].id for slot in self.members}
+            assert ids >= self.ledger.exposed  # C13
+            assert {self.entries[slot].id for slot in self.readers} <= self.ledger.committed.in_sync  # C8
+            assert all(self.entries[slot].in_sync for slot in self.readers)
+        elif self.phase is not VolumePhase.CLEANING:
+            assert self.members == () and self.readers == ()
+        resyncing = [entry for entry in self.entries if entry.state in RESYNC_STATES]
+        assert resyncing == ([self.joining.target] if self.joining is not None else [])
+        assert self.joining is None or self.reconcile is None
+        for part in (self.joining, self.reconcile):
+            if part is not None:
+                part.check_invariants()

@@ -1,0 +1,114 @@
+"""A stand-in for ``engine.main``: its config, its control socket, its use of the listening sockets.
+
+It commits record (epoch, 1) in the daemon's store when it starts, answers each NBD client with one
+line ``epoch N`` and keeps it. Files in the volume's directory change what it does:
+``crash`` ends it at once, ``state`` holds the state it tells, ``mute`` makes it answer no call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import BadRequest, StaleEpoch
+from protocol.rpc import RpcClient, serve_calls
+
+EXIT_FENCED = 3
+
+
+class Engine:
+    def __init__(self, path: Path) -> None:
+        self.dir = path.parent
+        self.config = json.loads(path.read_bytes())
+        self.size_bytes = self.config["size_bytes"]
+        self.clients = 0
+        self.ended = asyncio.Event()
+        members = [replica["id"] for replica in self.config["replicas"]]
+        self.record = {"epoch": self.config["epoch"], "version": 1, "in_sync": members}
+
+    async def answer(self, call: str, args: dict[str, Any]) -> Any:
+        if (self.dir / "mute").exists():
+            await asyncio.Event().wait()
+        match call:
+            case "engine.status":
+                state = self.dir / "state"
+                return {
+                    "volume_id": self.config["volume_id"],
+                    "name": self.config["name"],
+                    "epoch": self.config["epoch"],
+                    "state": state.read_text() if state.exists() else "healthy",
+                    "size_bytes": self.size_bytes,
+                    "membership": self.record,
+                    "replicas": [
+                        {"id": replica["id"], "slot": slot, "state": "in_sync", "reason": ""}
+                        for slot, replica in enumerate(self.config["replicas"])
+                    ],
+                    "waiting_for": [],
+                    "clients": self.clients,
+                }
+            case "engine.stats":
+                return {
+                    "reads": 5,
+                    "writes": 6,
+                    "read_bytes": 7,
+                    "clients": self.clients,
+                    "latency_us_read": [0, 1, 2],
+                    "latency_us_read_sum": 9,
+                    "slots": [{"connected": True, "requests": 3, "latency_us_sum": 2_000_000}],
+                }
+            case "engine.resize":
+                self.size_bytes = args["size_bytes"]
+                return {}
+            case "engine.detach":
+                asyncio.get_running_loop().call_later(0.01, self.ended.set)
+                return {}
+            case _:
+                raise BadRequest(reason=f"unknown call {call}")
+
+    async def serve_clients(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        listener.setblocking(False)
+        kept = []
+        while True:
+            client, _ = await loop.sock_accept(listener)
+            kept.append(client)
+            self.clients += 1
+            await loop.sock_sendall(client, f"epoch {self.config['epoch']}\n".encode())
+
+
+async def main() -> int:
+    engine = Engine(Path(sys.argv[2]))
+    if (engine.dir / "crash").exists():
+        return 9
+    config = engine.config
+    daemon = await RpcClient.connect_unix(config["daemon_socket"])
+    try:
+        await daemon.call(
+            "store.record", volume_id=config["volume_id"], epoch=config["epoch"], record=engine.record
+        )
+    except StaleEpoch:
+        return EXIT_FENCED
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await serve_calls(reader, writer, engine.answer)
+        writer.close()
+
+    temporary = config["control_socket"] + f".{os.getpid()}"
+    server = await asyncio.start_unix_server(serve, temporary)
+    os.rename(temporary, config["control_socket"])
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, engine.ended.set)
+    for listener in config["listeners"]:
+        task = asyncio.create_task(engine.serve_clients(socket.socket(fileno=listener["fd"])))
+        task.add_done_callback(lambda _: None)
+    await engine.ended.wait()
+    server.close()
+    return 0
+
+
+os._exit(asyncio.run(main()) if "--config" in sys.argv else 2)

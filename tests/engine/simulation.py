@@ -1,0 +1,686 @@
+"""A cluster in one list: the pure volume machine, replicas that persist what they are told, a state store and
+a data plane that follow the contract of ``_dataplane.pyi``. No clock, no socket: what is under way stands in
+``calls`` and ``inbox`` until a test lets it happen.
+
+A region is one block of two halves: a write replaces both, a partial write one. A half's content is the id of
+the last write applied to it. Writes reach all links in one order, so a replica holds a write if the halves
+have that id or a later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import chain, combinations
+
+from engine.events import (
+    AttachLink,
+    Barrier,
+    BeginResync,
+    Call,
+    CallFailed,
+    ChangedListed,
+    Claim,
+    Claimed,
+    Cleaned,
+    CleanReplica,
+    CloseSession,
+    CompleteRegions,
+    DetachLink,
+    DirtyListed,
+    Drained,
+    EndResync,
+    Event,
+    LinkAttached,
+    LinkDown,
+    LinkMode,
+    ListChanged,
+    ListDirty,
+    Log,
+    PartialDone,
+    Pause,
+    PersistRecord,
+    PullRegions,
+    RecordPersisted,
+    RecordStored,
+    RegionDiverged,
+    RegionsEqual,
+    RegionsPulled,
+    RegionWanted,
+    ReplicaCall,
+    ReplicaDown,
+    ReplicaReport,
+    ReplicaUp,
+    Reply,
+    Resized,
+    ResizeReplica,
+    ResyncBegun,
+    ResyncEnded,
+    SetMembers,
+    SetPartialWait,
+    SetReaders,
+    SetSize,
+    SetUnequal,
+    Started,
+    StartTimer,
+    Stop,
+    StoreDown,
+    StoreRecord,
+    StoreUp,
+    Timer,
+    TimerFired,
+    TimerKind,
+)
+from engine.membership import MayOpen, decide_open
+from engine.replica_entry import ReplicaEntry
+from engine.volume import Volume, VolumeSpec
+from protocol.frames import Status
+from protocol.membership import MembershipRecord
+
+GIB = 1024**3
+Half = tuple[int, int]  # region, half of its block
+Halves = tuple[Half, ...]
+Stamp = tuple[int, int]
+
+CALLS: dict[type, Call] = {
+    Claim: Call.CLAIM,
+    AttachLink: Call.ATTACH,
+    PersistRecord: Call.PERSIST,
+    ListDirty: Call.DIRTY,
+    ListChanged: Call.CHANGED,
+    BeginResync: Call.BEGIN,
+    PullRegions: Call.PULL,
+    EndResync: Call.END,
+    CompleteRegions: Call.COMPLETE,
+    ResizeReplica: Call.RESIZE,
+    CleanReplica: Call.CLEAN,
+}
+
+
+@dataclass
+class SimReplica:
+    """What one replica's disk and process remember."""
+
+    slot: int
+    id: str
+    alive: bool = True
+    epoch: int = 0
+    claimed_by: int = 0
+    record: MembershipRecord = field(default_factory=lambda: MembershipRecord(0, 0, frozenset()))
+    synced_at: Stamp = (0, 0)
+    size_bytes: int = GIB
+    suspect: bool = False
+    state: str = "open"
+    content: dict[Half, int] = field(default_factory=dict)
+    stable: dict[Half, int] = field(default_factory=dict)  # what a power loss leaves
+    stamps: dict[int, Stamp] = field(default_factory=dict)
+    dirty: set[int] = field(default_factory=set)
+    doubtful: set[int] = field(default_factory=set)  # may not be cleaned until complete_regions
+    last_write: dict[int, int] = field(default_factory=dict)
+    fresh: dict[int, bool] = field(default_factory=dict)  # the begin_resync set
+    process: int = 1
+
+    def report(self) -> ReplicaReport:
+        return ReplicaReport(
+            replica_id=self.id,
+            size_bytes=self.size_bytes,
+            epoch=self.epoch,
+            record=self.record,
+            synced_at=self.synced_at,
+            process_id=str(self.process),
+            suspect=self.suspect,
+            state=self.state,
+            reason="" if self.state == "open" else "injected",
+        )
+
+    def mark(self, region: int) -> None:
+        self.dirty.add(region)
+        self.stamps[region] = max(self.stamps.get(region, (0, 0)), self.record.stamp)
+
+    def apply(self, halves: Halves, write: int) -> None:
+        region = halves[0][0]
+        self.mark(region)
+        self.content.update(dict.fromkeys(halves, write))
+        self.last_write[region] = write
+        if region in self.fresh and len(halves) == 2:
+            self.fresh[region] = True
+
+    def persist(self, record: MembershipRecord) -> None:
+        assert record.stamp >= self.record.stamp
+        self.record = record
+        for region in self.dirty:
+            self.stamps[region] = record.stamp
+        if self.id in record.in_sync:
+            self.synced_at = record.stamp
+
+    def flush(self) -> None:
+        self.stable = dict(self.content)
+
+    def clean(self, completed: int) -> None:
+        """The lazy cleaner, at its most eager."""
+        for region in sorted(self.dirty - self.doubtful - self.fresh.keys()):
+            if self.last_write.get(region, 0) <= completed:
+                self.stable.update({b: w for b, w in self.content.items() if b[0] == region})
+                self.dirty.discard(region)
+
+    def lose_process(self) -> None:
+        self.alive = False
+        self.process += 1
+        self.fresh.clear()
+        self.doubtful = set(self.dirty)
+
+    def lose_power(self) -> None:
+        self.lose_process()
+        if self.dirty:
+            self.suspect = True
+            self.content = dict(self.stable)
+
+
+@dataclass
+class Link:
+    generation: int
+    mode: LinkMode
+    queue: list[int] = field(default_factory=list)  # ids of writes not yet applied there
+
+
+@dataclass
+class Write:
+    id: int
+    halves: Halves
+    answered: set[int] = field(default_factory=set)
+    done: bool = False
+
+
+class SimLoop:
+    """The data plane, as far as membership can see it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.links: dict[int, Link] = {}
+        self.generation = 0
+        self.members: tuple[int, ...] = ()
+        self.readers: tuple[int, ...] = ()
+        self.unequal: set[int] = set()
+        self.partial_wait: set[int] = set()
+        self.diverged: dict[int, int] = {}  # region -> first write that failed everywhere
+        self.paused = False
+        self.writes: list[Write] = []  # unfinished, in order
+        self.barriers: list[tuple[int, int]] = []  # token, last write before it
+        self.last_id = 0
+
+    def write(self, write_id: int, halves: Halves) -> None:
+        self.last_id = write_id
+        self.writes.append(Write(write_id, halves))
+        for link in self.links.values():
+            link.queue.append(write_id)
+
+    def attach(self, slot: int, mode: LinkMode) -> int:
+        self.generation += 1
+        unfinished = [write.id for write in self.writes] if mode is LinkMode.SYNC else []
+        for write in self.writes:
+            write.answered.discard(slot)
+        self.links[slot] = Link(self.generation, mode, unfinished)
+        return self.generation
+
+    def detach(self, slot: int) -> Link | None:
+        return self.links.pop(slot, None)
+
+    def deliver(self, slot: int) -> None:
+        """The oldest frame of a link is applied and answered."""
+        link = self.links[slot]
+        replica = self.cluster.replicas[slot]
+        write_id = link.queue.pop(0)
+        replica.apply(self.cluster.written[write_id], write_id)
+        for write in self.writes:
+            if write.id == write_id:
+                write.answered.add(slot)
+        self.settle()
+
+    def settle(self) -> None:
+        """Acknowledge what is held by all members; answer barriers."""
+        if not self.members:
+            return
+        for write in self.writes:
+            if write.answered >= set(self.members):
+                write.done = True
+                self.cluster.on_acked(write)
+        self.writes = [write for write in self.writes if not write.done]
+        for token, last in list(self.barriers):
+            waiting = any(write.id <= last for write in self.writes)
+            queued = any(
+                slot not in self.links or any(w <= last for w in self.links[slot].queue)
+                for slot in self.members
+            )
+            if not waiting and not queued:
+                self.barriers.remove((token, last))
+                self.cluster.inbox.append(Drained(token))
+
+    @property
+    def completed(self) -> int:
+        """All writes up to this one are done, and none of them left the members unequal."""
+        first_undone = min([write.id for write in self.writes] + list(self.diverged.values()), default=0)
+        return first_undone - 1 if first_undone else self.last_id
+
+    def do(self, action: object) -> None:
+        match action:
+            case DetachLink(slot, generation):
+                link = self.links.get(slot)
+                if link is not None and link.generation == generation:
+                    self.detach(slot)
+            case SetMembers(slots):
+                self.members = slots
+            case SetReaders(slots):
+                assert set(slots) <= set(self.members), "who serves reads is a member"
+                self.readers = slots
+            case SetUnequal(regions):
+                self.unequal |= set(regions)
+            case PartialDone(regions):
+                self.partial_wait -= set(regions)
+            case SetPartialWait(regions):
+                self.partial_wait = set(regions)
+            case RegionsEqual(regions):
+                self.unequal -= set(regions)
+                self.partial_wait -= set(regions)
+                for region in regions:
+                    self.diverged.pop(region, None)
+            case Barrier(token):
+                self.barriers.append((token, self.last_id))
+            case Pause(paused):
+                self.paused = paused
+            case SetSize():
+                pass
+            case _:
+                raise AssertionError(action)
+        self.settle()
+
+
+class Cluster:
+    """One volume on ``count`` replicas. Starts blank, with an engine of epoch 1 about to open it."""
+
+    def __init__(self, count: int = 3, *, start: bool = True) -> None:
+        self.replicas = [SimReplica(slot, "ABCDE"[slot]) for slot in range(count)]
+        self.ids = tuple(replica.id for replica in self.replicas)
+        self.stored = MembershipRecord(0, 0, frozenset(self.ids))
+        self.store_alive = True
+        self.epoch = 0
+        self.size_bytes = GIB
+        self.written: dict[int, Halves] = {}  # by write id
+        self.acked: dict[Half, int] = {}  # the newest acknowledged write of each half
+        self.sessions = [0] * count
+        self.exit_codes: list[int] = []
+        self.started = False
+        if start:
+            self.start_engine()
+
+    # The engine process
+
+    def start_engine(self) -> None:
+        """The daemon grants the next epoch and starts an engine."""
+        assert self.store_alive, "an epoch is granted by the state store"
+        self.epoch += 1
+        self.calls: list[ReplicaCall] = []
+        self.inbox: list[Event] = []
+        self.wanted_record: MembershipRecord | None = None
+        self.timers: list[Timer] = []
+        self.replies: dict[int, object] = {}
+        self.log: list[Log] = []
+        self.loop = SimLoop(self)
+        self.loop.last_id = len(self.written)
+        self.connected: dict[int, int] = {}  # slot -> session
+        self.granted_record = self.stored
+        self.volume = Volume(VolumeSpec("v", "v", self.size_bytes, self.epoch, self.stored, self.ids))
+        self.exit_code: int | None = None
+        self.tell(Started())
+        self.tell(StoreUp())
+
+    def tell(self, event: Event) -> None:
+        """One step of the machine; its immediate actions are done, its calls are put under way."""
+        for action in self.volume.step(event):
+            match action:
+                case Log():
+                    self.log.append(action)
+                case StartTimer(timer, _):
+                    self.timers = [t for t in self.timers if (t.kind, t.slot) != (timer.kind, timer.slot)]
+                    self.timers.append(timer)
+                case Reply(request, error):
+                    self.replies[request] = error
+                case Stop(exit_code):
+                    self.exit_code = exit_code
+                    self.exit_codes.append(exit_code)
+                    self.calls.clear()
+                    self.inbox.clear()
+                    self.connected.clear()
+                    self.wanted_record = None
+                case StoreRecord(record):
+                    self.wanted_record = record
+                case CloseSession(slot, session, _):
+                    if self.connected.get(slot) == session:
+                        del self.connected[slot]
+                    self.calls = [c for c in self.calls if (c.slot, c.session) != (slot, session)]
+                case (
+                    Claim()
+                    | AttachLink()
+                    | PersistRecord()
+                    | ListDirty()
+                    | ListChanged()
+                    | BeginResync()
+                    | PullRegions()
+                    | EndResync()
+                    | CompleteRegions()
+                    | ResizeReplica()
+                    | CleanReplica()
+                ):
+                    self.calls.append(action)
+                case _:
+                    self.loop.do(action)
+
+    def crash_engine(self) -> None:
+        """kill -9: what was queued to replicas never arrives."""
+        self.exit_code = -9
+        self.calls.clear()
+        self.inbox.clear()
+        self.loop.links.clear()
+        self.loop.writes.clear()
+        self.loop.members = self.loop.readers = ()
+        self.connected.clear()
+
+    @property
+    def running(self) -> bool:
+        return self.exit_code is None
+
+    # Replicas
+
+    def replica(self, replica_id: str) -> SimReplica:
+        return self.replicas[self.ids.index(replica_id)]
+
+    def entry(self, replica_id: str) -> ReplicaEntry:
+        return self.volume.entries[self.ids.index(replica_id)]
+
+    def connect(self, slot: int) -> None:
+        """The engine's connection attempt succeeds."""
+        assert self.replicas[slot].alive and slot not in self.connected
+        self.sessions[slot] += 1
+        self.connected[slot] = self.sessions[slot]
+        self.inbox.append(ReplicaUp(slot, self.sessions[slot], self.replicas[slot].report()))
+
+    def kill(self, replica_id: str, *, power: bool = False) -> None:
+        """The process dies, or the machine with its page cache."""
+        replica = self.replica(replica_id)
+        if power:
+            replica.lose_power()
+            self.forget_lost_writes()
+        else:
+            replica.lose_process()
+        self.cut(replica_id, reason="connection reset")
+
+    def forget_lost_writes(self) -> None:
+        """An acknowledged, unflushed write that this machine alone held is gone, and that is the contract."""
+        for half, write in list(self.acked.items()):
+            survivor = max(replica.content.get(half, 0) for replica in self.replicas)
+            self.acked[half] = min(survivor, write)
+
+    def cut(self, replica_id: str, reason: str = "cut", status: int = 0) -> None:
+        """Link and session are lost; the process lives if it lived."""
+        slot = self.ids.index(replica_id)
+        if not self.running:
+            return
+        link = self.loop.detach(slot)
+        if link is not None:
+            self.inbox.append(LinkDown(slot, link.generation, reason, status))
+        session = self.connected.pop(slot, None)
+        self.calls = [call for call in self.calls if call.slot != slot]
+        if session is not None:
+            self.inbox.append(ReplicaDown(slot, session, reason))
+
+    def start(self, replica_id: str) -> None:
+        self.replica(replica_id).alive = True
+
+    def fail_write(self, replica_id: str, status: Status) -> None:
+        """The oldest write of a link is answered with an error by this replica alone."""
+        slot = self.ids.index(replica_id)
+        link = self.loop.detach(slot)
+        assert link is not None
+        self.inbox.append(LinkDown(slot, link.generation, "a write failed", status))
+
+    def diverge(self, region: int) -> None:
+        """A write that all members answer with an error; each may have applied it or not."""
+        loop = self.loop
+        for slot in loop.members:
+            while loop.links[slot].queue:
+                loop.deliver(slot)
+        halves: Halves = ((region, 0), (region, 1))
+        write_id = loop.last_id = self.new_write_id(halves)
+        for slot, link in loop.links.items():
+            if slot not in loop.members:
+                link.queue.append(write_id)
+            elif loop.members.index(slot) % 2 == 0:
+                self.replicas[slot].apply(halves, write_id)
+            else:
+                self.replicas[slot].mark(region)
+        loop.unequal.add(region)
+        loop.diverged.setdefault(region, write_id)
+        self.inbox.append(RegionDiverged(region))
+
+    def want(self, region: int) -> None:
+        self.inbox.append(RegionWanted(region))
+
+    # The state store
+
+    def store_down(self) -> None:
+        self.store_alive = False
+        self.inbox.append(StoreDown("daemon is away"))
+
+    def store_back(self) -> None:
+        self.store_alive = True
+        self.inbox.append(StoreUp())
+
+    def store_now(self) -> None:
+        record = self.wanted_record
+        assert record is not None and self.store_alive
+        self.wanted_record = None
+        self.stored = max(self.stored, record, key=lambda r: r.stamp)
+        self.inbox.append(RecordStored(record.stamp))
+
+    # What is under way
+
+    def new_write_id(self, halves: Halves) -> int:
+        write_id = len(self.written) + 1
+        self.written[write_id] = halves
+        return write_id
+
+    def write(self, region: int, half: int | None = None) -> int:
+        """A client writes a block, or half of it."""
+        assert self.running and not self.loop.paused
+        assert half is None or not self.partial_must_wait(region)
+        halves = tuple((region, h) for h in (0, 1) if half is None or half == h)
+        write_id = self.new_write_id(halves)
+        self.loop.write(write_id, halves)
+        return write_id
+
+    def partial_must_wait(self, region: int) -> bool:
+        return region in self.loop.unequal or region in self.loop.partial_wait
+
+    def on_acked(self, write: Write) -> None:
+        for half in write.halves:
+            self.acked[half] = max(self.acked.get(half, 0), write.id)
+
+    def is_acked(self, write_id: int) -> bool:
+        return all(self.acked.get(half, 0) >= write_id for half in self.written[write_id])
+
+    def run_call(self, index: int = 0, *, fail: str = "") -> None:
+        """A call reaches its replica and is answered, or fails with the code ``fail``."""
+        call = self.calls.pop(index)
+        replica = self.replicas[call.slot]
+        if self.connected.get(call.slot) != call.session:
+            return
+        if not replica.alive:
+            fail = "unreachable"
+        answer = None if fail else self._execute(replica, call)
+        if isinstance(answer, str):
+            fail = answer
+        if fail:
+            regions = call.regions if isinstance(call, PullRegions) else ()
+            other = -1
+            if isinstance(call, ListChanged | PullRegions):
+                other = call.target if isinstance(call, ListChanged) else call.source
+            self.inbox.append(
+                CallFailed(call.slot, call.session, CALLS[type(call)], fail, fail, regions, other)
+            )
+        elif answer is not None:
+            self.inbox.append(answer)
+
+    def _execute(self, replica: SimReplica, call: ReplicaCall) -> Event | str | None:
+        slot, session = call.slot, call.session
+        if not isinstance(call, Claim) and replica.epoch != self.epoch:
+            return "stale_epoch"
+        match call:
+            case Claim():
+                if replica.epoch > self.epoch:
+                    return "stale_epoch"
+                if replica.epoch < self.epoch:
+                    replica.doubtful = set(replica.dirty)
+                    replica.fresh.clear()
+                replica.epoch = self.epoch
+                return Claimed(slot, session, replica.report())
+            case AttachLink(mode=mode):
+                generation = self.loop.attach(slot, mode)
+                return LinkAttached(slot, session, generation)
+            case PersistRecord(record=record):
+                replica.persist(record)
+                return RecordPersisted(slot, session, record.stamp)
+            case ListDirty():
+                return DirtyListed(slot, session, tuple(sorted(replica.dirty)))
+            case ListChanged(target=target, since=since):
+                changed = tuple(sorted(r for r, stamp in replica.stamps.items() if stamp > since))
+                return ChangedListed(slot, session, target, changed)
+            case BeginResync(regions=regions):
+                replica.fresh = dict.fromkeys(regions, False)
+                for region in regions:
+                    replica.mark(region)
+                    replica.doubtful.add(region)
+                return ResyncBegun(slot, session)
+            case PullRegions(source=source, regions=regions):
+                return self._pull(replica, self.replicas[source], slot, session, regions)
+            case EndResync():
+                replica.flush()
+                replica.fresh.clear()
+                return ResyncEnded(slot, session)
+            case CompleteRegions(regions=regions):
+                replica.doubtful -= set(regions)
+                if replica.id in replica.record.in_sync and not replica.doubtful:
+                    replica.suspect = False
+                return None
+            case ResizeReplica(size_bytes=size_bytes):
+                replica.size_bytes = max(replica.size_bytes, size_bytes)
+                return Resized(slot, session, size_bytes)
+            case CleanReplica():
+                replica.flush()
+                replica.dirty.clear()
+                replica.doubtful.clear()
+                replica.suspect = False
+                return Cleaned(slot, session)
+
+    def _pull(
+        self, replica: SimReplica, source: SimReplica, slot: int, session: int, regions: tuple[int, ...]
+    ) -> Event | str:
+        if not source.alive or source.epoch != self.epoch:
+            return "source_failed"
+        for region in regions:
+            # A region that left the set is copied with nothing tracked, as badly as the contract allows.
+            if not replica.fresh.pop(region, False):
+                for half in ((region, 0), (region, 1)):
+                    replica.content[half] = source.content.get(half, 0)
+        return RegionsPulled(slot, session, regions, 4096)
+
+    def run_event(self, index: int = 0) -> None:
+        self.tell(self.inbox.pop(index))
+
+    def fire(self, kind: TimerKind) -> None:
+        due = [timer for timer in self.timers if timer.kind is kind]
+        self.timers = [timer for timer in self.timers if timer.kind is not kind]
+        for timer in due:
+            self.tell(TimerFired(timer))
+
+    def settle(self, *, connect: bool = True, until: Callable[[], bool] | None = None) -> None:
+        """Let everything happen in order until nothing is left (or ``until``). Timers do not fire."""
+        for _ in range(10_000):
+            if not self.running or (until is not None and until()):
+                return
+            if self.inbox:
+                self.run_event()
+            elif self.calls:
+                self.run_call()
+            elif self.wanted_record is not None and self.store_alive:
+                self.store_now()
+            elif slot := self._slot_with_frames():
+                self.loop.deliver(slot - 1)
+            elif connect and (missing := self._connectable()):
+                self.connect(missing[0])
+            else:
+                return
+        raise AssertionError("the cluster does not settle")
+
+    def _slot_with_frames(self) -> int:
+        """Slot + 1 of a link with frames, or 0."""
+        for slot, link in self.loop.links.items():
+            if link.queue and self.replicas[slot].alive:
+                return slot + 1
+        return 0
+
+    def _connectable(self) -> list[int]:
+        return [r.slot for r in self.replicas if r.alive and r.slot not in self.connected]
+
+    def open(self) -> None:
+        """From a new engine to one that serves, with whoever is there."""
+        self.settle()
+        self.fire(TimerKind.STRAGGLERS)
+        self.settle()
+
+    # What must always hold
+
+    def holds(self, replica_id: str, write: int) -> bool:
+        """Whether a replica has this write, or a later one in its place."""
+        content = self.replica(replica_id).content
+        return all(content.get(half, 0) >= write for half in self.written[write])
+
+    def check_no_open_loses_a_write(self) -> None:
+        """Whatever subset of the replicas the next engine reaches: if it may open, all it opens with hold
+        every acknowledged write (C7, C13)."""
+        for reachable in _subsets(self.replicas):
+            reports = {replica.id: replica.report() for replica in reachable}
+            decision = decide_open(self.stored, reports, self.ids)
+            if not isinstance(decision, MayOpen):
+                continue
+            for member in decision.members:
+                content = self.replica(member).content
+                for half, write in self.acked.items():
+                    assert content.get(half, 0) >= write, (
+                        f"opened by {sorted(reports)} under {decision.newest}, {member} lacks write {write}"
+                    )
+
+    def check_reads(self) -> None:
+        """Whoever may serve reads answers alike, and with every acknowledged write (C1, C8, C9)."""
+        if not self.running:
+            return
+        answers: dict[Half, set[int]] = {}
+        for slot in self.loop.readers:
+            link = self.loop.links.get(slot)
+            if link is None:
+                continue
+            content = dict(self.replicas[slot].content)
+            for write_id in link.queue:  # a read stands behind them
+                content.update(dict.fromkeys(self.written[write_id], write_id))
+            for half in {h for halves in self.written.values() for h in halves}:
+                if half[0] not in self.loop.unequal:
+                    answers.setdefault(half, set()).add(content.get(half, 0))
+        for half, found in answers.items():
+            assert len(found) == 1, f"{half} reads as {found}"
+            assert found.pop() >= self.acked.get(half, 0), f"{half} lost an acknowledged write"
+
+    def check(self) -> None:
+        self.check_no_open_loses_a_write()
+        self.check_reads()
+
+
+def _subsets(items: list[SimReplica]) -> Iterable[tuple[SimReplica, ...]]:
+    return chain.from_iterable(combinations(items, count) for count in range(len(items) + 1))

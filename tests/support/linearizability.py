@@ -1,0 +1,190 @@
+"""Was every block a linearizable register? Checks the history that a workload recorded.
+
+Each block is a register of its own. Each write's value is unique (``encode_tag``: block, writer,
+sequence), so it is known which write a read saw, and a check takes n log n instead of a search:
+a value's *cluster* is its write and the reads that saw it, and in a linear order every cluster is
+contiguous. With f the earliest end in a cluster and s its latest start, cluster a must come before
+b when f(a) < s(b). The history is linearizable exactly if
+
+1. no read ended before the write that it saw began, and nothing was read that nobody wrote, and
+2. no two clusters must each come before the other. (A longer cycle contains such a pair: its member
+   with the latest s has a predecessor in the cycle, and also must come after its own successor.)
+
+A cluster with f < s is a *forward* zone: it holds the register from f to s. Rule 2 then says that
+forward zones do not overlap and that no other cluster lies strictly inside one.
+
+A write without an answer, or answered with an error, may take effect at any time after it began, or
+never. Reads without an answer say nothing and are not recorded. Zeroes are the value that was there
+before the first write; a history must not contain writes of zeroes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+BLOCK_BYTES = 4096
+TAG = struct.Struct("<8sQQQ")  # magic, block, writer, sequence
+TAG_MAGIC = b"DLMN-tag"
+TAGS_PER_BLOCK = BLOCK_BYTES // TAG.size
+assert BLOCK_BYTES % TAG.size == 0
+
+
+class Value(NamedTuple):
+    """What one write wrote."""
+
+    writer: int
+    sequence: int
+
+
+INITIAL: Value | None = None
+"""What is read where nothing was written yet: zeroes."""
+
+
+class TornBlock(Exception):
+    """A block that no write can have produced: a mix of two, damage, or another block's content."""
+
+
+def encode_tag(block: int, value: Value) -> bytes:
+    """A whole block. Every 32 bytes say the same, so a mix of two writes cannot pass for one."""
+    return TAG.pack(TAG_MAGIC, block, value.writer, value.sequence) * TAGS_PER_BLOCK
+
+
+def decode_tag(block: int, raw: bytes) -> Value | None:
+    """Raises TornBlock."""
+    if len(raw) != BLOCK_BYTES:
+        raise TornBlock(f"block {block}: {len(raw)} bytes")
+    if raw.count(0) == BLOCK_BYTES:
+        return INITIAL
+    magic, tagged_block, writer, sequence = TAG.unpack_from(raw)
+    if raw != raw[: TAG.size] * TAGS_PER_BLOCK:
+        tags = {raw[i : i + TAG.size] for i in range(0, BLOCK_BYTES, TAG.size)}
+        raise TornBlock(f"block {block} mixes {len(tags)} contents: {sorted(tags)[:4]}")
+    if magic != TAG_MAGIC or tagged_block != block:
+        raise TornBlock(f"block {block} holds what was never written to it: {raw[: TAG.size]!r}")
+    return Value(writer, sequence)
+
+
+class Kind(Enum):
+    READ = "read"
+    WRITE = "write"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """``end`` is None when the outcome is unknown. Times: any clock that all workers share."""
+
+    kind: Kind
+    block: int
+    value: Value | None
+    start: float
+    end: float | None
+
+    def __str__(self) -> str:
+        end = "?" if self.end is None else f"{self.end}"
+        value = "zeroes" if self.value is None else f"{self.value.writer}:{self.value.sequence}"
+        return f"{self.kind.value} {value} [{self.start}, {end}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """Why one block's history has no linear order, with the operations that prove it."""
+
+    block: int
+    reason: str
+    operations: tuple[Operation, ...]
+
+    def __str__(self) -> str:
+        return f"block {self.block}: {self.reason}\n" + "".join(f"    {op}\n" for op in self.operations)
+
+
+@dataclass(slots=True)
+class _Cluster:
+    """One value's write and reads; see the module's text for f and s."""
+
+    write: Operation | None  # None: the initial value, written before time began
+    first_end: float
+    last_start: float
+    ends_first: Operation | None
+    starts_last: Operation | None
+
+    def add(self, op: Operation) -> None:
+        end = math.inf if op.end is None else op.end
+        if end < self.first_end:
+            self.first_end, self.ends_first = end, op
+        if op.start > self.last_start:
+            self.last_start, self.starts_last = op.start, op
+
+    def witnesses(self) -> list[Operation]:
+        return [op for op in (self.ends_first, self.starts_last) if op is not None]
+
+
+def check(history: Iterable[Operation]) -> list[Violation]:
+    """Violations, at most one per block. Empty: every block was linearizable."""
+    by_block: defaultdict[int, list[Operation]] = defaultdict(list)
+    for op in history:
+        by_block[op.block].append(op)
+    found = (check_block(block, by_block[block]) for block in sorted(by_block))
+    return [violation for violation in found if violation is not None]
+
+
+def assert_linearizable(history: Sequence[Operation]) -> None:
+    violations = check(history)
+    assert not violations, f"{len(violations)} blocks are not linearizable:\n" + "\n".join(
+        str(violation) for violation in violations[:5]
+    )
+
+
+def check_block(block: int, operations: Sequence[Operation]) -> Violation | None:
+    clusters: dict[Value | None, _Cluster] = {
+        INITIAL: _Cluster(None, -math.inf, -math.inf, None, None),
+    }
+    for op in operations:
+        if op.kind is Kind.WRITE:
+            assert op.value is not INITIAL, "a workload must not write zeroes"
+            assert op.value not in clusters, f"two writes of {op.value}: the workload is broken"
+            clusters[op.value] = _Cluster(op, math.inf, -math.inf, None, None)
+            clusters[op.value].add(op)
+    for op in operations:
+        if op.kind is Kind.WRITE:
+            continue
+        assert op.end is not None, "a read without an answer says nothing"
+        cluster = clusters.get(op.value)
+        if cluster is None:
+            return Violation(block, "a read saw a value that was never written", (op,))
+        if cluster.write is not None and op.end < cluster.write.start:
+            return Violation(block, "a read saw a value before its write began", (op, cluster.write))
+        cluster.add(op)
+    return _conflict(block, list(clusters.values()))
+
+
+def _conflict(block: int, clusters: list[_Cluster]) -> Violation | None:
+    """Two clusters of which each must come before the other."""
+    forward = sorted((c for c in clusters if c.first_end < c.last_start), key=lambda c: c.first_end)
+    for earlier, later in itertools.pairwise(forward):
+        if later.first_end < earlier.last_start:
+            return _stale(block, earlier, later)
+    begins = [cluster.first_end for cluster in forward]
+    for inner in clusters:
+        if inner.first_end < inner.last_start:
+            continue
+        index = bisect.bisect_left(begins, inner.last_start) - 1  # the last zone that began before it
+        if index >= 0 and inner.first_end < forward[index].last_start:
+            return _stale(block, forward[index], inner)
+    return None
+
+
+def _stale(block: int, held: _Cluster, other: _Cluster) -> Violation:
+    proof = [*held.witnesses(), *other.witnesses()]
+    return Violation(
+        block,
+        "two values were each seen, or acknowledged, strictly before and after the other",
+        tuple(sorted(set(proof), key=lambda op: op.start)),
+    )
