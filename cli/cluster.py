@@ -52,7 +52,7 @@ def up(
 
 def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[bytes] | None:
     """None if one runs already. Raises BadRequest for a directory that is not ours."""
-    from control.leftovers import is_daemon_running
+    from control.leftovers import DAEMON_ARGUMENTS, is_daemon_running
     from control.processes import rotate
 
     if not 1 <= nodes <= 16:
@@ -64,8 +64,8 @@ def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[
     with open(client.layout.daemon_log, "ab") as log:
         return subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", "control.daemon"),
-                *("--dir", os.fspath(client.layout.dir), "--nodes", str(nodes), "--port", str(port)),
+                *(sys.executable, *DAEMON_ARGUMENTS, "--dir", os.fspath(client.layout.dir)),
+                *("--nodes", str(nodes), "--port", str(port)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -174,13 +174,14 @@ def down(directory: DirOption = None, output: OutputOption = Output.TABLE) -> No
 
 def stop_everything(client: Client) -> bool:
     """True if there was anything to stop."""
-    from control.leftovers import end_leftovers, is_daemon_running, remove_runtime_dir, wait_daemon_gone
+    from control.leftovers import DaemonWatch, end_leftovers, is_daemon_running, remove_runtime_dir
 
     layout = client.layout
     was_up = is_daemon_running(layout)
     if was_up:
+        watch = DaemonWatch(layout)
         _ask_to_stop(client)
-        if not wait_daemon_gone(layout, timeout_s=DOWN_TIMEOUT_S):
+        if not watch.gone(timeout_s=DOWN_TIMEOUT_S):
             fail(f"the daemon has not ended after {DOWN_TIMEOUT_S:.0f} s", f"its log: {layout.daemon_log}")
     # A daemon that was killed leaves its processes running.
     left = end_leftovers(layout)

@@ -163,9 +163,8 @@ class VolumeController:
             return Plan()
         made = plan(self.volume, self.attachment, self._seen())
         self._hold_back(made)
-        await self._note(made.conditions)
-        if made.actions:
-            await asyncio.gather(*(self._do(action) for action in made.actions))
+        # At once: a note costs a write to disk, and an engine that was killed is waited for.
+        await asyncio.gather(self._note(made.conditions), *(self._do(action) for action in made.actions))
         return made
 
     async def _read(self) -> None:
@@ -210,7 +209,6 @@ class VolumeController:
             for condition in noted:
                 if not any(condition.same_as(old) for old in before):
                     self._log.info("volume waits", reason=condition.reason, waits_for=condition.waits_for)
-            await self._read()
 
     async def _do(self, action: Action) -> None:
         try:
@@ -268,7 +266,7 @@ class VolumeController:
                 await self._store.delete(KIND_ATTACHMENT, self.name)
             case RemoveVolume():
                 self.engine.remove_files()
-                await self._store.delete(KIND_VOLUME, self.name, revision=volume.document.revision)
+                await self._store.delete(KIND_VOLUME, self.name)
 
     async def _replica_has(self, replica_id: str, size_bytes: int) -> None:
         await self._change_status(

@@ -17,6 +17,9 @@ from collections.abc import Iterable
 from control.layout import Layout
 from control.processes import Programs, find, matches
 
+DAEMON_ARGUMENTS = ("-P", "-m", "control.daemon")
+"""After the interpreter. -P: a folder named "control" in a working directory is not imported."""
+
 GRACE_S = 20.0
 """A replica server flushes its replicas. Past this it is killed, which loses nothing acknowledged."""
 
@@ -48,8 +51,8 @@ def is_daemon_running(layout: Layout) -> bool:
     """Whether somebody holds the directory's lock."""
     try:
         fd = os.open(layout.lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
+    except OSError:
+        return False  # there is no such directory, or it is not ours: then no daemon of ours runs in it
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -59,13 +62,24 @@ def is_daemon_running(layout: Layout) -> bool:
     return False
 
 
-def wait_daemon_gone(layout: Layout, *, timeout_s: float) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while is_daemon_running(layout):
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)  # a lock held by somebody else cannot be waited for with a deadline
-    return True
+class DaemonWatch:
+    """Made while a daemon runs; ``gone`` waits until its process has ended, not only its work."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._pidfds = _pin([*DAEMON_ARGUMENTS, "--dir", os.fspath(layout.dir)])
+
+    def gone(self, *, timeout_s: float) -> bool:
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while is_daemon_running(self._layout):
+                if time.monotonic() > deadline_s:
+                    return False
+                time.sleep(0.02)  # a lock held by somebody else cannot be waited for with a deadline
+            return _all_ended(self._pidfds, max(0.0, deadline_s - time.monotonic()))
+        finally:
+            for pidfd in self._pidfds:
+                os.close(pidfd)
 
 
 def _children(path: os.PathLike[str]) -> list[os.DirEntry[str]]:
@@ -76,17 +90,7 @@ def _children(path: os.PathLike[str]) -> list[os.DirEntry[str]]:
 
 
 def _end(arguments: Iterable[list[str]], grace_s: float) -> int:
-    pidfds = []
-    for wanted in arguments:
-        for pid in find(wanted):
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError:
-                continue
-            if matches(pid, wanted):  # looked at again once the pid cannot be reused
-                pidfds.append(pidfd)
-            else:
-                os.close(pidfd)
+    pidfds = [pidfd for wanted in arguments for pidfd in _pin(wanted)]
     for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
         _signal(pidfds, number)
         if _all_ended(pidfds, wait_s):
@@ -94,6 +98,21 @@ def _end(arguments: Iterable[list[str]], grace_s: float) -> int:
     for pidfd in pidfds:
         os.close(pidfd)
     return len(pidfds)
+
+
+def _pin(arguments: list[str]) -> list[int]:
+    """Pidfds of our processes with these arguments: what they name cannot change any more."""
+    pidfds = []
+    for pid in find(arguments):
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            continue  # it ended this moment
+        if matches(pid, arguments):  # looked at again, now that the pid cannot be used again
+            pidfds.append(pidfd)
+        else:
+            os.close(pidfd)
+    return pidfds
 
 
 def _signal(pidfds: Iterable[int], number: signal.Signals) -> None:

@@ -56,10 +56,21 @@ def decide_open(
     if not usable:
         return MustWait(newest, in_sync, "nobody else holds every acknowledged write")
     certain = frozenset(r for r in usable if not reports[r].suspect)
+    if not certain:
+        # A member that does not hold the newest record proves that it was never committed. Then those that
+        # the record before it names hold every acknowledged write as well.
+        lagging = [reports[r].record for r in usable if reports[r].record.stamp < newest.stamp]
+        before = frozenset(r for r in replica_ids if any(r in record.in_sync for record in lagging))
+        absent |= before - reports.keys()
+        certain = frozenset(r for r in before & reports.keys() if _is_certain(reports[r]))
     if not certain and absent:
         return MustWait(newest, absent, "the others may have lost writes with their machines' page cache")
     # Leaving out is always safe: who is left out is resynced.
     return MayOpen(newest, certain or usable, absent)
+
+
+def _is_certain(report: ReplicaReport) -> bool:
+    return _is_usable(report, report.record) and not report.suspect
 
 
 def _is_usable(report: ReplicaReport, newest: MembershipRecord) -> bool:

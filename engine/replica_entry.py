@@ -29,6 +29,7 @@ class ReplicaState(Enum):
                  |                    ^
                  +--- linked already -+
 
+    STALE -> ATTACHING when the record that names it is committed only after it was lost and came back.
     PULLING -> MARKING after a source failed in the middle of a pull.
 
     The session lost, the link lost, or a failure: OFFLINE, from any state.
@@ -60,7 +61,7 @@ _NEXT: Mapping[ReplicaState, frozenset[ReplicaState]] = {
     _S.CLAIMED: frozenset({_S.ATTACHING, _S.STALE, _S.OFFLINE}),
     _S.ATTACHING: frozenset({_S.IN_SYNC, _S.OFFLINE}),
     _S.IN_SYNC: frozenset({_S.OFFLINE}),
-    _S.STALE: frozenset({_S.COMPARING, _S.OFFLINE}),
+    _S.STALE: frozenset({_S.COMPARING, _S.ATTACHING, _S.OFFLINE}),
     _S.COMPARING: frozenset({_S.MARKING, _S.PULLING, _S.OFFLINE}),
     _S.MARKING: frozenset({_S.LINKING, _S.SETTLING, _S.OFFLINE}),
     _S.LINKING: frozenset({_S.SETTLING, _S.OFFLINE}),

@@ -590,6 +590,7 @@ class Volume:
         self.act(PersistRecord(entry.slot, entry.session, record))
 
     def _commit(self, ledger: Ledger) -> None:
+        were = ledger.committed.in_sync if ledger.opened else frozenset[str]()
         ledger.commit()
         self._log("record committed", record=ledger.committed.to_wire())
         for entry in self.entries:
@@ -597,16 +598,23 @@ class Volume:
                 entry.vouched = False
                 if entry.state is ReplicaState.ATTACHING:
                     self._drop(entry, "left out while it came back")
-            elif entry.state is ReplicaState.RECORDING:
-                self._finish_joining(entry)
+            elif entry.id not in were and self.phase is not VolumePhase.RECORDING:
+                self._grew(entry)
+
+    def _grew(self, entry: ReplicaEntry) -> None:
+        """A record that names it for the first time is committed, whatever became of it meanwhile."""
+        entry.vouched = True
+        if entry.state is ReplicaState.RECORDING:
+            entry.failed_here = False
+            entry.rolled_back = False
+            self._finish_joining(entry)
+        elif entry.state in RESYNC_STATES:
+            self._drop(entry, "named in sync while it was resynced again")
 
     def _finish_joining(self, entry: ReplicaEntry) -> None:
         joining = self.joining
         assert joining is not None and joining.target is entry
         self.joining = None
-        entry.vouched = True
-        entry.failed_here = False
-        entry.rolled_back = False
         self._enter_in_sync(entry)
         self.act(CompleteRegions(entry.slot, entry.session, joining.regions))
 
@@ -651,7 +659,7 @@ class Volume:
 
     def _may_attach(self, entry: ReplicaEntry) -> bool:
         """On its way to being a member with a link."""
-        if entry.state is ReplicaState.CLAIMED:
+        if entry.state in (ReplicaState.CLAIMED, ReplicaState.STALE):
             return self._obstacle(entry) == ""
         return entry.state is ReplicaState.ATTACHING
 
@@ -675,7 +683,11 @@ class Volume:
                     if self.phase is not VolumePhase.RECORDING:
                         self._complete_later(entry)
                 continue
-            if entry.state is not ReplicaState.CLAIMED or entry.size_bytes < self.size_bytes:
+            # STALE and a member: it was lost and came back while the record that names it was committed.
+            decidable = entry.state is ReplicaState.CLAIMED or (
+                entry.state is ReplicaState.STALE and self._is_member(entry)
+            )
+            if not decidable or entry.size_bytes < self.size_bytes:
                 continue
             if not self._is_member(entry):
                 if entry.report is not None and entry.report.state == "open":
@@ -699,15 +711,12 @@ class Volume:
     def _reopen_if_stuck(self) -> None:
         """All members were lost, and those that came back can't go on where they were: a new epoch starts
         from what they say. Clients see a pause; what was acknowledged is decided by the open rule."""
-        if self.phase not in (VolumePhase.SERVING, VolumePhase.DETACHING):
-            return
         members = [entry for entry in self.entries if self._is_member(entry)]
         coming = (ReplicaState.FOUND, ReplicaState.CLAIMING)
         if any(e.in_sync or self._may_attach(e) or e.state in coming for e in members):
             return
-        back = [
-            e for e in members if e.state is ReplicaState.CLAIMED and e.report and e.report.state == "open"
-        ]
+        here = (ReplicaState.CLAIMED, ReplicaState.STALE)
+        back = [e for e in members if e.state in here and e.report and e.report.state == "open"]
         certain = [entry for entry in back if not entry.suspect]
         unequal = any(self.reconcile is not None or not entry.vouched for entry in certain)
         if unequal or (not certain and len(back) == len(members)):
@@ -786,7 +795,8 @@ class Volume:
         if self.joining is not None or ledger is None or not self.members_up():
             return
         for entry in self.entries:
-            if entry.state is ReplicaState.STALE and entry.held >= ledger.committed.stamp:
+            waits = entry.state is ReplicaState.STALE and not self._is_member(entry)
+            if waits and entry.held >= ledger.committed.stamp:
                 self.joining = Joining(self, entry)
                 return
 

@@ -36,13 +36,13 @@ class FakeCluster:
         assert self._daemon is not None
         return self._daemon.pid
 
-    def start(self, *, wait: bool = True) -> None:
+    def start(self, *, wait: bool = True, die_at: int = 0) -> None:
         assert self._daemon is None
         self.layout.dir.mkdir(parents=True, exist_ok=True)
         with open(self.layout.daemon_log, "ab") as log:
             self._daemon = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tests.control.fake_daemon", "--dir", str(self.layout.dir),
-                 "--nodes", str(self.node_count)],
+                 "--nodes", str(self.node_count), "--die-at", str(die_at)],
                 stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
             )  # fmt: skip
         if wait:
@@ -63,6 +63,13 @@ class FakeCluster:
         self._daemon.send_signal(number)
         self._daemon.wait()
         self._daemon = None
+
+    def has_died(self) -> bool:
+        """Whether the daemon ended by itself; then another may be started."""
+        if self._daemon is not None and self._daemon.poll() is None:
+            return False
+        self._daemon = None
+        return True
 
     def join_daemon(self) -> int:
         assert self._daemon is not None

@@ -3,8 +3,8 @@ a data plane that follow the contract of ``_dataplane.pyi``. No clock, no socket
 ``calls`` and ``inbox`` until a test lets it happen.
 
 A region is one block of two halves: a write replaces both, a partial write one. A half's content is the id of
-the last write applied to it. Writes reach all links in one order, so a replica holds a write if the halves have
-that id or a later one.
+the last write applied to it. Writes reach all links in one order, so a replica holds a write if the halves
+have that id or a later one.
 """
 
 from __future__ import annotations
@@ -202,6 +202,7 @@ class SimLoop:
         self.readers: tuple[int, ...] = ()
         self.unequal: set[int] = set()
         self.partial_wait: set[int] = set()
+        self.diverged: dict[int, int] = {}  # region -> first write that failed everywhere
         self.paused = False
         self.writes: list[Write] = []  # unfinished, in order
         self.barriers: list[tuple[int, int]] = []  # token, last write before it
@@ -256,7 +257,9 @@ class SimLoop:
 
     @property
     def completed(self) -> int:
-        return self.writes[0].id - 1 if self.writes else self.last_id
+        """All writes up to this one are done, and none of them left the members unequal."""
+        first_undone = min([write.id for write in self.writes] + list(self.diverged.values()), default=0)
+        return first_undone - 1 if first_undone else self.last_id
 
     def do(self, action: object) -> None:
         match action:
@@ -278,6 +281,8 @@ class SimLoop:
             case RegionsEqual(regions):
                 self.unequal -= set(regions)
                 self.partial_wait -= set(regions)
+                for region in regions:
+                    self.diverged.pop(region, None)
             case Barrier(token):
                 self.barriers.append((token, self.last_id))
             case Pause(paused):
@@ -453,6 +458,7 @@ class Cluster:
             else:
                 self.replicas[slot].mark(region)
         loop.unequal.add(region)
+        loop.diverged.setdefault(region, write_id)
         self.inbox.append(RegionDiverged(region))
 
     def want(self, region: int) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from engine.events import (
+    EXIT_DETACHED,
     EXIT_FENCED,
     EXIT_REOPEN,
-    EXIT_DETACHED,
     DetachAsked,
     Fenced,
     PersistRecord,

@@ -16,8 +16,9 @@ import json
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from tests.guest.initramfs import BEGIN_MARK, END_MARK, base_archive, script_archive
@@ -31,6 +32,20 @@ GUEST_TIMEOUT_S_DEFAULT = 90.0
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 random.trust_cpu=on tsc=reliable mitigations=off"
 
 Json = dict[str, object]
+
+
+class Network(Enum):
+    """HOST: the guest reaches the host's loopback addresses as 10.0.2.2, by QEMU's user-mode stack.
+    It has to take the address 10.0.2.15 itself."""
+
+    NONE = "none"
+    HOST = "host"
+
+
+NETWORK_ARGUMENTS = {
+    Network.NONE: (),
+    Network.HOST: ("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,romfile="),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +119,36 @@ class Guest:
 
 
 def run_guest(
-    *, disks: Sequence[str | Path | Disk], script: str, timeout_s: float = GUEST_TIMEOUT_S_DEFAULT
+    *,
+    disks: Sequence[str | Path | Disk],
+    script: str,
+    files: Mapping[str, bytes] | None = None,
+    network: Network = Network.NONE,
+    timeout_s: float = GUEST_TIMEOUT_S_DEFAULT,
 ) -> GuestResult:
-    """Boot, run ``script`` with busybox's shell, power off."""
-    with booting(disks=disks, script=script) as guest:
+    """Boot, run ``script`` with busybox's shell, power off. ``files`` are put into the guest."""
+    with booting(disks=disks, script=script, files=files, network=network) as guest:
         return guest.result(timeout_s=timeout_s)
 
 
 @contextlib.contextmanager
-def booting(*, disks: Sequence[str | Path | Disk], script: str) -> Iterator[Guest]:
+def booting(
+    *,
+    disks: Sequence[str | Path | Disk],
+    script: str,
+    files: Mapping[str, bytes] | None = None,
+    network: Network = Network.NONE,
+) -> Iterator[Guest]:
     """The guest while it runs; QEMU is gone when the block ends."""
     kernel = get_kernel()
     with tempfile.TemporaryDirectory(prefix="dolmen-guest-") as name:
         initramfs = Path(name) / "initramfs"
-        initramfs.write_bytes(base_archive(kernel).read_bytes() + script_archive(script))
+        initramfs.write_bytes(base_archive(kernel).read_bytes() + script_archive(script, files))
         command = [
             *_machine(),
             *("-kernel", str(kernel.image), "-initrd", str(initramfs), "-append", KERNEL_ARGUMENTS),
             *disk_arguments(disks),
+            *NETWORK_ARGUMENTS[network],
         ]
         with _qemu(command, Path(name)) as guest:
             yield guest

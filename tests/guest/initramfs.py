@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.guest.kernel import CACHE_DIR, Kernel
@@ -98,9 +99,17 @@ def base_archive(kernel: Kernel) -> Path:
     return _write_once(CACHE_DIR / f"initramfs-{kernel.version}.cpio", archive.close())
 
 
-def script_archive(script: str) -> bytes:
+def script_archive(script: str, files: Mapping[str, bytes] | None = None) -> bytes:
+    """The script, and more files that it wants, all executable; by their paths in the guest."""
     archive = Archive()
     archive.file("payload.sh", script.encode(), mode=0o755)
+    directories: set[str] = set()
+    for path, content in (files or {}).items():
+        for parent in reversed(Path(path.lstrip("/")).parents[:-1]):
+            if str(parent) not in directories:
+                directories.add(str(parent))
+                archive.directory(str(parent))
+        archive.file(path.lstrip("/"), content, mode=0o755)
     return archive.close()
 
 

@@ -1,6 +1,6 @@
-"""Debian's cloud kernel for the guest, taken from its package and not installed on the host.
+"""What the guest takes from Debian's packages without installing them on the host: its kernel.
 
-Owns ``.cache/guest/``: one directory per kernel version, made once, whole or not at all.
+Owns ``.cache/guest/``: one directory per thing, made once, whole or not at all.
 """
 
 from __future__ import annotations
@@ -61,18 +61,28 @@ def _module_name(path: str) -> str:
 
 def get_kernel() -> Kernel:
     """The newest cached kernel; downloads one the first time. Safe to call from several processes."""
-    CACHE_DIR.mkdir(parents=True, exist_ok=True)
     with _lock():
         found = _cached()
         if found is None:
-            _download()
+            _download_kernel()
             found = _cached()
     assert found is not None
     return found
 
 
+def get_packages(name: str, packages: tuple[str, ...]) -> Path:
+    """The unpacked content of Debian packages, cached under ``name``."""
+    target = CACHE_DIR / name
+    with _lock():
+        if not target.exists():
+            with _unpacked(packages) as root:
+                root.rename(target)
+    return target
+
+
 @contextmanager
 def _lock() -> Iterator[None]:
+    CACHE_DIR.mkdir(parents=True, exist_ok=True)
     fd = os.open(CACHE_DIR / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -88,14 +98,22 @@ def _cached() -> Kernel | None:
     return None
 
 
-def _download() -> None:
+@contextmanager
+def _unpacked(packages: tuple[str, ...]) -> Iterator[Path]:
+    """A directory with the packages' files, to be renamed into place or thrown away."""
     work = Path(tempfile.mkdtemp(dir=CACHE_DIR, prefix="download-"))
     try:
-        package = _kernel_package()
-        _apt("apt-get", "download", "-qq", package, cwd=work)
-        (deb,) = work.glob("*.deb")
         root = work / "root"
-        subprocess.run(["dpkg-deb", "-x", deb, root], check=True, timeout=APT_TIMEOUT_S)
+        _apt("apt-get", "download", "-qq", *packages, cwd=work)
+        for deb in work.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "-x", deb, root], check=True, timeout=APT_TIMEOUT_S)
+        yield root
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _download_kernel() -> None:
+    with _unpacked((_kernel_package(),)) as root:
         (image,) = (root / "boot").glob("vmlinuz-*")
         version = image.name.removeprefix("vmlinuz-")
         # The package leaves the table of dependencies to the machine that installs it.
@@ -104,8 +122,6 @@ def _download() -> None:
         for unused in ("boot", "usr", "etc"):
             shutil.rmtree(root / unused, ignore_errors=True)
         root.rename(CACHE_DIR / f"kernel-{version}")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _kernel_package() -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.guest.boot import Disk, GuestTimeout, booting, booting_from, run_guest
+from tests.guest.boot import Disk, GuestTimeout, Network, booting, booting_from, run_guest
 from tests.guest.bootable import build_guest
 from tests.guest.initramfs import Archive
+from tests.guest.programs import nbd_client
 from tests.support.processes import Started, accepts, running
 
 MIB = 1024 * 1024
@@ -129,3 +131,27 @@ def test_a_guest_waits_for_an_nbd_server_that_restarts(tmp_path: Path) -> None:
         assert result.exit_code == 0, result.console
     raw = image.read_bytes()
     assert [raw[i * 4096 :][:10] for i in range(100)] == [b"block %04d" % i for i in range(100)]
+
+
+@pytest.mark.guest
+def test_a_program_of_a_package_runs_in_the_guest_and_reaches_the_host(tmp_path: Path) -> None:
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(8 * MIB))
+    script = """
+        set -e
+        ip link set eth0 up; ip address add 10.0.2.15/24 dev eth0
+        nbd-client 10.0.2.2 PORT /dev/nbd0 -N disk
+        echo "size $(blockdev --getsize64 /dev/nbd0)"
+        printf 'by the kernel' | dd of=/dev/nbd0 bs=4096 seek=3 conv=notrunc,fsync 2>/dev/null
+        nbd-client -d /dev/nbd0
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["qemu-nbd", "-t", "-f", "raw", "-x", "disk", "-b", "127.0.0.1", "-p", str(port), str(image)]
+    with running(command, log=tmp_path / "qemu-nbd.log"):
+        result = run_guest(
+            disks=[], script=script.replace("PORT", str(port)), files=nbd_client(), network=Network.HOST
+        )
+    assert result.exit_code == 0, result.console
+    assert f"size {8 * MIB}" in result.output
+    assert image.read_bytes()[3 * 4096 :][:13] == b"by the kernel"

@@ -34,6 +34,7 @@ COMMAND_TIMEOUT_S = 60.0
 UP_TIMEOUT_S = 60.0
 HEALTHY_TIMEOUT_S = 60.0
 GONE_TIMEOUT_S = 10.0
+LAST_INSTRUCTIONS_S = 2.0
 LOG_TAIL_BYTES = 6000
 
 MARK_VARIABLE = "DOLMEN_TEST_CLUSTER"
@@ -216,6 +217,9 @@ def cluster(*, nodes: int = 3) -> Iterator[Cluster]:
 
 
 def wait_for_none(dolmen: Cluster) -> None:
-    """``down`` has returned: nothing may run any more."""
+    """``down`` has returned: nothing may run any more, save a daemon on its last instructions (it
+    gives up the directory's lock, which ``down`` waits for, just before it ends)."""
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: not dolmen.pids(), timeout_s=LAST_INSTRUCTIONS_S)
     left = dolmen.pids()
     assert not left, f"`dolmen down` left processes behind: {dolmen.end_everything()}"

@@ -291,3 +291,20 @@ fn missing_short_and_foreign_files_are_damage_and_are_left_alone() {
         }
     }
 }
+
+#[test]
+fn a_peer_that_reads_slowly_gets_every_reply() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut client = Client::attach(&service, 1, Role::Data);
+    let data = blocks(0..256);
+    assert_eq!(client.write(0, &data), status::OK);
+    // More replies than the server is willing to hold; it stops reading, and must begin again by itself.
+    let ids: Vec<u64> = (0..40).map(|_| client.send(kind::READ, 0, 0, 1 << 20, &[])).collect();
+    for id in ids {
+        assert_eq!(client.reply_to(id).1[256 * 8..], data);
+    }
+}

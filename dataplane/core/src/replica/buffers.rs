@@ -98,6 +98,12 @@ impl OutBuffer {
     /// Room for `count` bytes after what is there, with any content. Part of the output only after
     /// `append_reserved`.
     pub fn reserve(&mut self, count: usize) -> &mut [u8] {
+        if self.end + count > self.bytes.len() && self.start > 0 {
+            // A peer that never lets the buffer run empty must not make it grow.
+            self.bytes.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
         if self.end + count > self.bytes.len() {
             self.bytes.resize((self.end + count).max(self.bytes.len() * 3 / 2), 0);
         }

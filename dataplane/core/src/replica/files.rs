@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{fallocate, flock, FallocateFlags, FlockOperation};
+use rustix::fs::{fallocate, flock, seek, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 /// How far a write came before it failed.
@@ -37,6 +37,8 @@ pub trait BlockFile: Send + Sync + 'static {
     fn zero(&self, offset: u64, length: u64) -> io::Result<()>;
     /// Reserves space for a range that was never written: a later write into it cannot find the disk full.
     fn reserve(&self, offset: u64, length: u64) -> io::Result<()>;
+    /// May the range hold anything but zeroes? Only "no" is certain.
+    fn holds_data(&self, offset: u64, length: u64) -> bool;
     fn set_len(&self, length: u64) -> io::Result<()>;
     fn len(&self) -> io::Result<u64>;
     fn is_empty(&self) -> io::Result<bool> {
@@ -145,6 +147,15 @@ impl BlockFile for RealFile {
 
     fn reserve(&self, offset: u64, length: u64) -> io::Result<()> {
         self.allocate(FallocateFlags::KEEP_SIZE, offset, length)
+    }
+
+    fn holds_data(&self, offset: u64, length: u64) -> bool {
+        // Moves the descriptor's position, which nothing here uses.
+        match seek(&self.0, SeekFrom::Data(offset)) {
+            Ok(found) => found < offset + length,
+            Err(Errno::NXIO) => false,
+            Err(_) => true,
+        }
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {

@@ -250,9 +250,15 @@ impl<F: BlockFile> Store<F> {
         let unknown = self.log.load().map_err(wrap)?;
         let regions = self.log.dirty_sorted();
         opened.dirty_regions = regions.len() as u64;
+        if !regions.is_empty() {
+            // A mark that a killed process wrote may be in the page cache only. From here on it counts.
+            let marks = self.regions_file();
+            self.synced("regions", marks.sync_data())?;
+        }
         let mut buffer = vec![0; REGION_BYTES as usize];
+        let mut punched = false;
         for region in &regions {
-            self.recover_region(*region, same_boot, &mut buffer, &mut opened)?;
+            punched |= self.recover_region(*region, same_boot, &mut buffer, &mut opened)?;
         }
         self.commit()?;
         if !regions.is_empty() {
@@ -261,10 +267,13 @@ impl<F: BlockFile> Store<F> {
             self.data_unsynced = true;
             self.layers[0].map.unsynced = true;
         }
-        if !same_boot && !regions.is_empty() {
-            // What is here came from the disk, or was decided just now: it must not change again.
+        if punched || (!same_boot && !regions.is_empty()) {
+            // What is here came from the disk, or was decided just now: it must not change again. A
+            // write that was cut off before its entry, above all, must not come back in parts.
             let data = Arc::clone(&self.layers[0].data);
             self.synced("data", data.sync_data())?;
+        }
+        if !same_boot && !regions.is_empty() {
             for region in &regions {
                 let place = self.chunk(0, *region)?;
                 let wrap = |error: io::Error| StoreError::from_io("writing the map", &error);
@@ -286,7 +295,7 @@ impl<F: BlockFile> Store<F> {
         same_boot: bool,
         buffer: &mut [u8],
         opened: &mut Opened,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let wrap = |error: io::Error| StoreError::from_io("reading the map", &error);
         let header = self.layers[0].map.read_header(region).map_err(wrap)?;
         let place = self.chunk(0, region)?;
@@ -321,7 +330,7 @@ impl<F: BlockFile> Store<F> {
             }
         }
         self.commit()?;
-        self.punch_unseen(region, place)?;
+        let punched = self.punch_unseen(region, place)?;
         if same_boot && header != RegionHeader::Never {
             self.forget_stale_stable(region, place, &header)?;
         }
@@ -329,20 +338,26 @@ impl<F: BlockFile> Store<F> {
         if unstable != [0; BIT_WORDS] {
             self.unstable.insert(region, unstable);
         }
-        Ok(())
+        Ok(punched)
     }
 
     /// Where no data is seen there must be none: a later write that is lost must not show older bytes.
-    fn punch_unseen(&mut self, region: u32, place: usize) -> Result<()> {
+    /// Returns whether there was any.
+    fn punch_unseen(&mut self, region: u32, place: usize) -> Result<bool> {
+        let mut punched = false;
         let entries = *self.layers[0].map.chunk(place).entries();
         let first_block = u64::from(region) * REGION_BLOCKS;
         let here = (self.layers[0].block_count.saturating_sub(first_block)).min(REGION_BLOCKS) as usize;
         for (low, high) in runs(&entries[..here], |entry| entry <= ENTRY_ZERO) {
-            let offset = (first_block + low as u64) * BLOCK_BYTES;
-            let result = self.layers[0].data.punch(offset, (high - low) as u64 * BLOCK_BYTES);
-            result.map_err(|error| StoreError::from_io("punching a hole", &error))?;
+            let (offset, length) =
+                ((first_block + low as u64) * BLOCK_BYTES, (high - low) as u64 * BLOCK_BYTES);
+            if self.layers[0].data.holds_data(offset, length) {
+                let result = self.layers[0].data.punch(offset, length);
+                result.map_err(|error| StoreError::from_io("punching a hole", &error))?;
+                punched = true;
+            }
         }
-        Ok(())
+        Ok(punched)
     }
 
     /// A stable bit without an entry (the header reached the disk, the entry did not) must not vouch

@@ -168,9 +168,11 @@ impl ServerLoop {
         }
         loop {
             let applied = self.apply_frames(session)?;
+            let was_paused = session.paused();
             session.send()?;
-            // Replies that were sent may have made room for frames that are here already.
-            if applied == 0 || session.paused() {
+            // Frames that are here already are applied as soon as the replies before them have left: no
+            // event of the socket would tell us to.
+            if session.paused() || (applied == 0 && !was_paused) {
                 break;
             }
         }

@@ -1,0 +1,96 @@
+"""The daemon is killed at every step of create, attach, resize, detach and delete, again and again.
+
+Each life ends at a step drawn from a seed. What was asked for must be reached by the lives after it,
+with one engine at most, and nothing left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+
+from protocol.errors import DaemonUnreachable, StorageError, VolumeNotFound
+from tests.control.daemons import FakeCluster, fake_cluster
+from tests.support.processes import wait_until
+
+GIB = 1024**3
+LIVES_MAX = 40
+STEPS_MAX = 9
+"""A create alone has six steps: three answers, three notes."""
+
+
+class Story:
+    """Asks for one thing until it is so, starting the daemon again whenever it died."""
+
+    def __init__(self, cluster: FakeCluster, random: Random) -> None:
+        self.cluster = cluster
+        self.random = random
+        self.deaths = 0
+
+    def reach(self, ask: Callable[[], Any], reached: Callable[[], bool]) -> None:
+        if not self.cluster.has_died():
+            self.cluster.kill_daemon()
+        for life in range(LIVES_MAX):
+            self._next_life(last=life > LIVES_MAX // 2)
+            try:
+                ask()
+                if reached():
+                    return
+            except DaemonUnreachable:
+                wait_until(self.cluster.has_died, what="the daemon's death")
+                self.deaths += 1
+        raise AssertionError(f"not reached in {LIVES_MAX} lives")
+
+    def _next_life(self, *, last: bool) -> None:
+        if not self.cluster.has_died():
+            return
+        # Some lives are too short to get anywhere; late ones are not cut, so that the story ends.
+        self.cluster.start(wait=False, die_at=0 if last else self.random.randint(1, STEPS_MAX))
+        wait_until(lambda: self.answers() or self.cluster.has_died(), what="the daemon to answer or die")
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.cluster.client.health()["ready"])
+        except StorageError:
+            return False
+
+    def state(self) -> str:
+        try:
+            return str(self.cluster.client.volume("data")["state"])
+        except VolumeNotFound:
+            return "gone"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_goal_is_reached_whatever_the_daemon_was_killed_at(seed: int) -> None:
+    with fake_cluster(start=False) as cluster:
+        cluster.start()
+        cluster.kill_daemon()
+        story = Story(cluster, Random(seed))
+        client = cluster.client
+
+        story.reach(lambda: client.create_volume("data", GIB, 3), lambda: story.state() == "detached")
+        story.reach(lambda: client.attach("data"), lambda: story.state() == "healthy")
+        story.reach(
+            lambda: client.resize("data", 2 * GIB), lambda: client.volume("data")["size_bytes"] == 2 * GIB
+        )
+        assert len(cluster.engine_pids("data")) == 1
+        story.reach(lambda: client.detach("data"), lambda: story.state() == "detached")
+        assert cluster.engine_pids("data") == [] and not cluster.layout.nbd_socket("data").exists()
+
+        def delete() -> None:
+            try:
+                client.delete_volume("data")
+            except VolumeNotFound:
+                pass  # an earlier life did it
+
+        story.reach(delete, lambda: story.state() == "gone")
+        assert story.deaths >= 3, "too few kills to prove anything"
+        if not cluster.has_died():
+            cluster.kill_daemon()
+        cluster.start()
+        assert client.volumes() == [] and not cluster.layout.volume_dir("data").exists()
+        assert len(cluster.all_pids()) == 3  # the replica servers
