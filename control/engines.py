@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import structlog
 from control.layout import Layout, prepare_runtime_dir, write_private
 from control.links import Link, engine_link
 from control.listeners import listen_tcp, listen_unix
-from control.processes import Process, Programs, adopt, find, spawn
+from control.processes import Process, Programs, Running, adopt, find, spawn
 from control.reconcile import EngineSeen
 from protocol.errors import StorageError
 
@@ -123,10 +123,10 @@ class EngineSlot:
         config = os.fspath(self._layout.engine_config(self.name))
         return [*self._programs.engine, "--config", config]
 
-    def find_living(self) -> None:
+    def find_living(self, among: Sequence[Running] | None = None) -> None:
         """Adopt the engine an earlier daemon started, if one lives. Of several, the youngest: the
         others hold older epochs, are fenced and end by themselves; we end them now."""
-        pids = find(self._arguments()[1:])
+        pids = find(self._arguments()[1:], among)
         for pid in pids:
             process = adopt(pid, self._arguments()[1:])
             if process is None:
