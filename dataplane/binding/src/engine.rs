@@ -130,6 +130,10 @@ impl EngineLoop {
         self.handle.regions_equal(regions).map_err(to_python)
     }
 
+    fn partial_done(&self, regions: Vec<u32>) -> PyResult<()> {
+        self.handle.partial_done(regions).map_err(to_python)
+    }
+
     fn pause(&self, paused: bool) -> PyResult<()> {
         self.handle.pause(paused).map_err(to_python)
     }
