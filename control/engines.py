@@ -35,8 +35,9 @@ its engine was killed; 20 ms is a tenth of what Python needs to start."""
 HELLO_INTERVAL_MAX_S = 0.5
 PING_TIMEOUT_S = 5.0
 
-QUICK_DEATH_S = 5.0
-"""An engine that lived shorter than this was probably killed by what it found; the next one waits."""
+QUICK_DEATH_S = 1.0
+"""An engine that lived shorter than this, or that never answered, was probably killed by what it found;
+after two of them in a row the next one waits. Longer would slow down one that others kill."""
 
 RESTART_WAIT_FIRST_S = 0.1
 RESTART_WAIT_MAX_S = 1.0
@@ -233,7 +234,8 @@ class EngineSlot:
             self.last_end, self._quick_deaths = "", 0
         else:
             self.last_end = f"{how} after {lived_s:.1f} s; its log: {self._layout.engine_log(self.name)}"
-            self._quick_deaths = self._quick_deaths + 1 if lived_s < QUICK_DEATH_S else 0
+            quick = lived_s < QUICK_DEATH_S or not self._answering
+            self._quick_deaths = self._quick_deaths + 1 if quick else 0
         # The first death in a row is answered at once, whatever its age.
         if self._quick_deaths > 1:
             wait_s = min(RESTART_WAIT_MAX_S, RESTART_WAIT_FIRST_S * 2 ** (self._quick_deaths - 2))
