@@ -105,7 +105,8 @@ def replica_state(
     """The state and, unless it is in sync, the reason."""
     if said_by_engine is not None:
         word, reason = said_by_engine.get("state"), str(said_by_engine.get("reason") or "")
-        if word in {state.value for state in ReplicaState}:
+        unusable = said_by_server is not None and said_by_server.get("state") != "open"
+        if word in {state.value for state in ReplicaState} and not (word == "offline" and unusable):
             return ReplicaState(word), reason
     if said_by_server is None:
         return ReplicaState.OFFLINE, "its replica server does not answer"
