@@ -62,6 +62,8 @@ class Frontend:
         loop = asyncio.get_running_loop()
         while True:
             try:
+                # Without the pause a whole backlog, or a flood, would be accepted before anything else runs.
+                await asyncio.sleep(0)
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:
                 log_event(log, "accept failed", level=logging.WARNING, reason=str(error))
@@ -72,7 +74,9 @@ class Frontend:
                 sock.close()
                 continue
             if len(self._negotiating) >= HANDSHAKES_MAX:
-                next(iter(self._negotiating)).cancel()
+                oldest = next(iter(self._negotiating))
+                del self._negotiating[oldest]  # it ends soon; the next one must not pick it again
+                oldest.cancel()
             task = self._tasks.create_task(self._welcome(sock), name="negotiate")
             self._negotiating[task] = None
             task.add_done_callback(lambda done: self._negotiating.pop(done, None))

@@ -95,6 +95,8 @@ class ReplicaServer:
         loop = asyncio.get_running_loop()
         while True:
             try:
+                # Without the pause a whole backlog, or a flood, would be accepted before anything else runs.
+                await asyncio.sleep(0)
                 sock, address = await loop.sock_accept(self._listener)
             except OSError as error:
                 self._report_refused(f"accept failed: {error}")

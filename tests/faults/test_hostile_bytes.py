@@ -9,6 +9,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from control.api import CONNECTIONS_MAX as REST_CONNECTIONS_MAX
+from engine import limits as engine_limits
 from protocol.hello import NONCE_BYTES
 from protocol.rpc import pack
 from replica.server import HANDSHAKES_MAX
@@ -21,6 +22,9 @@ GROWTH_BYTES_MAX = 96 * MIB
 """What an attack and a crowd may add to one process, at most."""
 
 CONNECTIONS = 60
+OWN_MAX = 64
+"""Descriptors that a process has without any stranger: a few dozen."""
+
 CROWD = 400
 """More than any of our caps on connections that have proved nothing."""
 
@@ -82,9 +86,10 @@ def test_bad_bytes_and_crowds_at_every_port_disturb_nobody(incident: Incident) -
         "grown, MiB:", {pid: round(size / MIB, 1) for pid, size in grown.items()}, "descriptors:", descriptors
     )
     assert max(grown.values()) < GROWTH_BYTES_MAX
-    daemon, server = descriptors[pids[0]], descriptors[pids[3]]
-    assert daemon < REST_CONNECTIONS_MAX + 64, "its own are a few dozen"
-    assert server < HANDSHAKES_MAX + 64
+    daemon, engine, server = (descriptors[pids[at]] for at in (0, 2, 3))
+    assert daemon < REST_CONNECTIONS_MAX + OWN_MAX
+    assert engine < engine_limits.HANDSHAKES_MAX + OWN_MAX
+    assert server < HANDSHAKES_MAX + OWN_MAX
     incident.check_healthy_and_equal()
     incident.client.detach(victim["name"])
     incident.client.delete_volume(victim["name"])
