@@ -23,6 +23,9 @@ TEMPORARY_SUFFIX = ".new"
 
 BACKLOG = 16
 
+REPLIES_WAIT_S = 1.0
+"""At the end, for calls that were just answered. A resize or detach under way was answered by the machine."""
+
 
 class Engine(Protocol):
     def status(self) -> dict[str, Any]: ...
@@ -54,27 +57,46 @@ async def answer(engine: Engine, call: str, args: dict[str, Any]) -> Any:
 @asynccontextmanager
 async def serve_control(path: str, engine: Engine) -> AsyncIterator[None]:
     """Listen until the block ends; then let replies under way go out and close the connections."""
-    connections: set[asyncio.Task[Any]] = set()
+    connections: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
+    answering = 0
+    idle = asyncio.Event()
+
+    async def handle(call: str, args: dict[str, Any]) -> Any:
+        nonlocal answering
+        answering += 1
+        idle.clear()
+        try:
+            return await answer(engine, call, args)
+        finally:
+            answering -= 1
+            if not answering:
+                idle.set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        connections.add(task)
+        connections[task] = writer
         try:
             if len(connections) <= CONTROL_CONNECTIONS_MAX:
-                await serve_calls(reader, writer, lambda call, args: answer(engine, call, args))
+                await serve_calls(reader, writer, handle)
         finally:
-            connections.discard(task)
+            del connections[task]
             writer.close()
 
+    idle.set()
     server = await asyncio.start_unix_server(serve, sock=_listen(path))
     try:
         yield
     finally:
         server.close()
-        await asyncio.sleep(0)  # a call that was answered in this turn writes its reply in the next
-        for task in tuple(connections):
-            task.cancel()
+        try:
+            async with asyncio.timeout(REPLIES_WAIT_S):
+                await idle.wait()
+        except TimeoutError:
+            pass  # who asked sees a lost connection, and asks the next engine
+        # Closed, not cancelled: what was written still goes out, and each ends by itself.
+        for writer in connections.values():
+            writer.close()
         await asyncio.gather(*connections, return_exceptions=True)
 
 
