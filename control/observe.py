@@ -105,8 +105,13 @@ def replica_state(
     """The state and, unless it is in sync, the reason."""
     if said_by_engine is not None:
         word, reason = said_by_engine.get("state"), str(said_by_engine.get("reason") or "")
-        unusable = said_by_server is not None and said_by_server.get("state") != "open"
-        if word in {state.value for state in ReplicaState} and not (word == "offline" and unusable):
+        if word == "offline" and said_by_server is not None:
+            # The engine has no session with it (a full disk, a damaged file), but its server answers.
+            if said_by_server.get("state") != "open":
+                return ReplicaState.STALE, str(said_by_server.get("reason") or said_by_server.get("state"))
+            if replica_id not in volume.status.record.in_sync:
+                word = ReplicaState.STALE.value
+        if word in {state.value for state in ReplicaState}:
             return ReplicaState(word), reason
     if said_by_server is None:
         return ReplicaState.OFFLINE, "its replica server does not answer"
