@@ -98,7 +98,7 @@ class Demo:
         self.console.print(f"   [dim]took {time.monotonic() - began_s:.1f} s[/]")
 
     def _say(self, text: str) -> None:
-        self.console.print(f"   {text}", highlight=False)
+        self.console.print(f"   {text}", highlight=False, soft_wrap=True)
 
     def _make_image(self) -> None:
         with self._step_of("An ext4 image of real files of this machine"):

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from control.routes import PLAIN_ROUTES, ROUTES, Request, Route, System
 from protocol.errors import BadRequest, NotAuthenticated, StorageError
 
 CONNECTIONS_MAX = 256
-"""People, scripts, one Prometheus. Each costs tens of KiB."""
+"""Of each listener: people, scripts, one Prometheus. Each costs tens of KiB. Counted apart: anybody on this
+machine can crowd the TCP port, and that must not shut out whoever may use the unix socket."""
 
 HEADER_DEADLINE_S = 10.0
 """From accept to the end of the first request's header."""
@@ -124,8 +126,7 @@ async def _authentication(request: web.Request, handler: Answer) -> web.StreamRe
     resource = request.match_info.route.resource
     if resource is not None and resource.canonical in _PUBLIC:
         return await handler(request)
-    sock = request.transport.get_extra_info("sockname") if request.transport else None
-    if isinstance(sock, tuple):  # TCP; the unix socket's mode is the proof there
+    if not _is_unix(request.transport):  # the socket's mode is the proof there
         offered = request.headers.get("Authorization", "").encode()
         if not hmac.compare_digest(offered, f"Bearer {request.app[TOKEN]}".encode()):
             raise NotAuthenticated("A token is needed: Authorization: Bearer, with what api.token holds.")
@@ -141,20 +142,26 @@ async def serve_api(app: web.Application, *, socket_path: Path, port: int) -> As
     await runner.setup()
     loop = asyncio.get_running_loop()
 
-    def accept() -> asyncio.BaseProtocol:
+    accepted: dict[bool, set[web.RequestHandler]] = {True: set(), False: set()}
+    """Not yet among the server's connections: a whole backlog is accepted before the first of it is."""
+
+    def accept(*, unix: bool) -> asyncio.BaseProtocol:
         assert runner.server is not None
-        if len(runner.server.connections) >= CONNECTIONS_MAX:
+        held = sum(_is_unix(other.transport) == unix for other in runner.server.connections)
+        if held + len(accepted[unix]) >= CONNECTIONS_MAX:
             return _Refusal()
         protocol: web.RequestHandler = runner.server()
+        accepted[unix].add(protocol)
+        loop.call_soon(accepted[unix].discard, protocol)  # just before its connection_made
         app[SILENT].add(protocol)
         loop.call_later(HEADER_DEADLINE_S, _close_silent, app, protocol)
         return protocol
 
-    tcp = listen_tcp(port or choose_port(str(socket_path)), seed=str(socket_path))
-    address = f"{LOOPBACK}:{tcp.getsockname()[1]}"
+    listener = listen_tcp(port or choose_port(str(socket_path)), seed=str(socket_path))
+    address = f"{LOOPBACK}:{listener.getsockname()[1]}"
     servers = [
-        await loop.create_unix_server(accept, sock=listen_unix(socket_path)),
-        await loop.create_server(accept, sock=tcp),
+        await loop.create_unix_server(partial(accept, unix=True), sock=listen_unix(socket_path)),
+        await loop.create_server(partial(accept, unix=False), sock=listener),
     ]
     try:
         yield address
@@ -164,6 +171,11 @@ async def serve_api(app: web.Application, *, socket_path: Path, port: int) -> As
         await runner.cleanup()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(socket_path)
+
+
+def _is_unix(transport: asyncio.BaseTransport | None) -> bool:
+    """Also False for a connection that is gone: nothing is known of it."""
+    return transport is not None and isinstance(transport.get_extra_info("sockname"), str)
 
 
 def _close_silent(app: web.Application, protocol: web.RequestHandler) -> None:

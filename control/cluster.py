@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -43,7 +43,7 @@ from control.model import (
 )
 from control.observe import ask_engine, ask_servers, view_node, view_volume
 from control.placement import NodeSpace, place
-from control.processes import Programs
+from control.processes import Programs, Running, running
 from control.reconcile import NodeState
 from control.supervisor import NodeSupervisor, disk_name
 from control.views import SERVING, NodeView, VolumeCreate, VolumeState, VolumeView
@@ -103,8 +103,9 @@ class Cluster:
             await self._ensure_node(f"node{index}")
         for document in await self.store.list(KIND_NODE):
             self._supervise(document.name)
+        alive = running()
         for document in await self.store.list(KIND_VOLUME):
-            self._control(document.name)
+            self._control(document.name, alive)
         for kind, changed in (
             (KIND_NODE, self._node_changed),
             (KIND_VOLUME, self._volume_changed),
@@ -140,7 +141,7 @@ class Cluster:
         self.supervisors[name] = supervisor
         self._spawn(supervisor.run(), name=f"supervise {name}")
 
-    def _control(self, name: str) -> None:
+    def _control(self, name: str, alive: Sequence[Running] | None = None) -> None:
         def changed() -> None:
             if name in self._controllers:
                 self._controllers[name].wake()
@@ -148,7 +149,7 @@ class Cluster:
         slot = EngineSlot(
             name, self.layout, self._programs, tasks=self._tasks, changed=changed, now=self._now
         )
-        slot.find_living()
+        slot.find_living(alive)
         self.slots[name] = slot
         self._controllers[name] = VolumeController(name, self.store, self, slot, self._now)
         self._spawn(self._run_controller(name), name=f"volume {name}")
@@ -156,6 +157,8 @@ class Cluster:
     async def _run_controller(self, name: str) -> None:
         await self._controllers[name].run()
         del self._controllers[name], self.slots[name]
+        if name in self._locks and not self._locks[name].locked():
+            del self._locks[name]
         if await self.store.get(KIND_VOLUME, name) is not None and name not in self._controllers:
             self._control(name)  # a new volume took the name at that moment
 
@@ -413,10 +416,9 @@ class Cluster:
         supervisor = self.supervisors.get(name)
         if supervisor is None:
             raise NodeNotFound(node=name)
-        if wanted is NodeWanted.STOPPED:
-            supervisor.wake(kill=kill)
+        supervisor.next_stop_kills = kill  # before the document changes: it is acted upon at once
         await update(self.store, KIND_NODE, name, lambda d: d.with_spec(wanted=wanted.value))
-        supervisor.wake(kill=kill and wanted is NodeWanted.STOPPED)
+        supervisor.wake()
         goal = NodeState.UP if wanted is NodeWanted.RUNNING else NodeState.STOPPED
         deadline_s = self._now() + wait_s
         interval_s = POLL_FIRST_S

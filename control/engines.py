@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import structlog
 from control.layout import Layout, prepare_runtime_dir, write_private
 from control.links import Link, engine_link
 from control.listeners import listen_tcp, listen_unix
-from control.processes import Process, Programs, adopt, find, spawn
+from control.processes import Process, Programs, Running, adopt, find, spawn
 from control.reconcile import EngineSeen
 from protocol.errors import StorageError
 
@@ -35,8 +35,9 @@ its engine was killed; 20 ms is a tenth of what Python needs to start."""
 HELLO_INTERVAL_MAX_S = 0.5
 PING_TIMEOUT_S = 5.0
 
-QUICK_DEATH_S = 5.0
-"""An engine that lived shorter than this was probably killed by what it found; the next one waits."""
+QUICK_DEATH_S = 1.0
+"""An engine that lived shorter than this, or that never answered, was probably killed by what it found;
+after two of them in a row the next one waits. Longer would slow down one that others kill."""
 
 RESTART_WAIT_FIRST_S = 0.1
 RESTART_WAIT_MAX_S = 1.0
@@ -123,10 +124,10 @@ class EngineSlot:
         config = os.fspath(self._layout.engine_config(self.name))
         return [*self._programs.engine, "--config", config]
 
-    def find_living(self) -> None:
+    def find_living(self, among: Sequence[Running] | None = None) -> None:
         """Adopt the engine an earlier daemon started, if one lives. Of several, the youngest: the
         others hold older epochs, are fenced and end by themselves; we end them now."""
-        pids = find(self._arguments()[1:])
+        pids = find(self._arguments()[1:], among)
         for pid in pids:
             process = adopt(pid, self._arguments()[1:])
             if process is None:
@@ -233,7 +234,8 @@ class EngineSlot:
             self.last_end, self._quick_deaths = "", 0
         else:
             self.last_end = f"{how} after {lived_s:.1f} s; its log: {self._layout.engine_log(self.name)}"
-            self._quick_deaths = self._quick_deaths + 1 if lived_s < QUICK_DEATH_S else 0
+            quick = lived_s < QUICK_DEATH_S or not self._answering
+            self._quick_deaths = self._quick_deaths + 1 if quick else 0
         # The first death in a row is answered at once, whatever its age.
         if self._quick_deaths > 1:
             wait_s = min(RESTART_WAIT_MAX_S, RESTART_WAIT_FIRST_S * 2 ** (self._quick_deaths - 2))

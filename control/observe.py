@@ -105,7 +105,8 @@ def replica_state(
     """The state and, unless it is in sync, the reason."""
     if said_by_engine is not None:
         word, reason = said_by_engine.get("state"), str(said_by_engine.get("reason") or "")
-        if word in {state.value for state in ReplicaState}:
+        unusable = said_by_server is not None and said_by_server.get("state") != "open"
+        if word in {state.value for state in ReplicaState} and not (word == "offline" and unusable):
             return ReplicaState(word), reason
     if said_by_server is None:
         return ReplicaState.OFFLINE, "its replica server does not answer"
@@ -127,6 +128,9 @@ def view_volume(
 ) -> VolumeView:
     state = volume_state(volume, attachment, engine)
     record = _membership(volume, engine)
+    # While an engine restarts, connects wait in the socket's backlog: the address stays good.
+    attached = attachment is not None and not attachment.spec.detaching
+    reachable = state in SERVING or (attached and layout.nbd_socket(volume.name).exists())
     tcp_port = attachment.status.tcp_port if attachment else 0
     return VolumeView(
         name=volume.name,
@@ -135,8 +139,8 @@ def view_volume(
         wanted_size_bytes=volume.spec.size_bytes,
         replica_count=len(volume.spec.replicas),
         state=state,
-        nbd_uri=nbd_uri(layout, volume.name) if state in SERVING else None,
-        nbd_tcp_uri=nbd_tcp_uri(tcp_port, volume.name) if state in SERVING and tcp_port else None,
+        nbd_uri=nbd_uri(layout, volume.name) if reachable else None,
+        nbd_tcp_uri=nbd_tcp_uri(tcp_port, volume.name) if reachable and tcp_port else None,
         epoch=volume.status.epoch,
         membership=record,
         engine=_engine_view(engine_pid, volume, engine),

@@ -128,16 +128,33 @@ def rotate(log: Path) -> None:
         pass
 
 
-def find(arguments: Sequence[str]) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A process of ours as /proc showed it at one moment."""
+
+    pid: int
+    started_ticks: int  # since boot; a pid is used again, this pair is not
+    arguments: tuple[bytes, ...]  # after the interpreter
+
+
+def running() -> list[Running]:
+    """All processes of this user, oldest first. For many questions at once: one look at /proc."""
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            pid = int(entry.name)
+            arguments, started_ticks = _arguments_of(pid), _started_ticks(pid)
+            if arguments is not None and started_ticks is not None:
+                found.append(Running(pid, started_ticks, tuple(arguments)))
+    return sorted(found, key=lambda process: process.started_ticks)
+
+
+def find(arguments: Sequence[str], among: Sequence[Running] | None = None) -> list[int]:
     """Pids of our own processes whose arguments (after the interpreter) begin with these; oldest
     first. For processes that a daemon started and could not remember: it was killed."""
-    found: list[tuple[int, int]] = []
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and matches(int(entry.name), arguments):
-            started = _start_ticks(int(entry.name))
-            if started is not None:
-                found.append((started, int(entry.name)))
-    return [pid for _, pid in sorted(found)]
+    wanted = tuple(os.fsencode(argument) for argument in arguments)
+    looked_at = running() if among is None else among
+    return [process.pid for process in looked_at if process.arguments[: len(wanted)] == wanted]
 
 
 def adopt(pid: int, arguments: Sequence[str]) -> Process | None:
@@ -154,18 +171,22 @@ def adopt(pid: int, arguments: Sequence[str]) -> Process | None:
 
 
 def matches(pid: int, arguments: Sequence[str]) -> bool:
+    found = _arguments_of(pid)
+    return found is not None and found[: len(arguments)] == [os.fsencode(a) for a in arguments]
+
+
+def _arguments_of(pid: int) -> list[bytes] | None:
+    """None for a process of another user, or one that is gone."""
     try:
         if os.stat(f"/proc/{pid}").st_uid != os.getuid():
-            return False
+            return None
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            argv = file.read(ARGV_BYTES_MAX).split(b"\0")[1:]
+            return file.read(ARGV_BYTES_MAX).split(b"\0")[1:]
     except OSError:
-        return False
-    return argv[: len(arguments)] == [os.fsencode(argument) for argument in arguments]
+        return None
 
 
-def _start_ticks(pid: int) -> int | None:
-    """Clock ticks between boot and the start of the process. A pid is used again, this pair is not."""
+def _started_ticks(pid: int) -> int | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The name in parentheses may hold anything, so count from the last parenthesis.

@@ -104,6 +104,7 @@ class NodeSupervisor:
         self.port = 0
         self.wanted = NodeWanted.RUNNING
         self.condition: Condition | None = None
+        self.next_stop_kills = False  # an operator wants the next stop to be a SIGKILL
         self._store = store
         self._layout = layout
         self._programs = programs
@@ -116,7 +117,6 @@ class NodeSupervisor:
         self._link: Link | None = None
         self._ready = False
         self._ready_interval_s = READY_INTERVAL_S
-        self._kill = False
         self._started_at_s = 0.0
         self._deaths = 0
         self._start_not_before_s = 0.0
@@ -140,34 +140,30 @@ class NodeSupervisor:
             raise Unreachable(peer=f"node {self.name}", reason=f"its replica server is {self.state.value}")
         return self._link
 
-    def wake(self, *, kill: bool = False) -> None:
-        """The node's document changed. ``kill``: if it is to stop, then by SIGKILL."""
-        self._kill = self._kill or kill
+    def wake(self) -> None:
+        """The node's document changed."""
         self._wake.set()
 
     async def run(self) -> None:
         self._find_living()
         while True:
             self._wake.clear()
-            await self._read()
-            seen = ServerSeen(self._process is not None, self._start_not_before_s - self._now())
-            action = plan_server(self.wanted, seen, kill=self._kill)
             try:
-                await self._perform(action)
-            except (StorageError, OSError) as error:
-                self._log.warning("replica server not started", error=str(error))
+                await self._step()
+            except (StorageError, OSError) as error:  # a full disk, a port in use, no memory for a process
+                self._log.warning("node not looked after", error=str(error))
                 self._failed(str(error))
-            await self._look_for_ready()
             self._note()
             await self._sleep()
 
-    async def _read(self) -> None:
+    async def _step(self) -> None:
         document = await self._store.get(KIND_NODE, self.name)
         assert document is not None, f"node {self.name} has no document"
         node = Node(document)
         self.wanted, self.port = node.spec.wanted, node.status.port
-        if self.wanted is NodeWanted.RUNNING:
-            self._kill = False
+        seen = ServerSeen(self._process is not None, self._start_not_before_s - self._now())
+        await self._perform(plan_server(self.wanted, seen, kill=self.next_stop_kills))
+        await self._look_for_ready()
 
     async def _sleep(self) -> None:
         timeout_s: float | None = None
@@ -185,6 +181,7 @@ class NodeSupervisor:
     async def _perform(self, action: ServerAction) -> None:
         match action:
             case ServerAction.START:
+                self.next_stop_kills = False
                 await self._start()
             case ServerAction.STOP:
                 assert self._process is not None

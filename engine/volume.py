@@ -169,7 +169,7 @@ class Volume:
         self.members: tuple[int, ...] = ()  # as last told to the data plane
         self.readers: tuple[int, ...] = ()
         self._stored_stamp = spec.stored.stamp
-        self._stragglers_waited = False
+        self.stragglers_waited = False
         self._opened_suspect = False  # all members the volume was opened with were suspect
         self._diverged: set[int] = set()  # regions to reconcile next
         self._token = 0
@@ -456,7 +456,7 @@ class Volume:
     def _on_timer(self, timer: Timer) -> None:
         match timer.kind:
             case TimerKind.STRAGGLERS:
-                self._stragglers_waited = True
+                self.stragglers_waited = True
             case TimerKind.PULL_RETRY:
                 self._retry_started = False
                 if self.joining is not None:
@@ -496,7 +496,7 @@ class Volume:
         if self.phase is VolumePhase.INSPECTING:
             found = [e for e in self.entries if e.state is not ReplicaState.OFFLINE]
             decision = self._decide(found)
-            if isinstance(decision, MustWait) or (decision.absent and not self._stragglers_waited):
+            if isinstance(decision, MustWait) or (decision.absent and not self.stragglers_waited):
                 return
             self._enter(VolumePhase.CLAIMING)
             for entry in found:

@@ -1,4 +1,4 @@
-"""Opens a connection to a replica server: connect, read the greeting, send the hello, wait for ok.
+"""Opens a connection to a replica server: connect, read the greeting, send the hello, check the answer.
 
 Owns the client half of ``protocol.hello`` on a real socket, and the exact reads both halves need:
 after the last message of a hello not one byte has been read ahead, so that the socket's fd can go
@@ -13,8 +13,8 @@ import asyncio
 import socket
 from typing import Any
 
-from protocol.errors import ProtocolViolation, Unreachable, from_wire
-from protocol.hello import HELLO_BYTES_MAX, Greeting, Role, make_hello, parse_greeting
+from protocol.errors import ProtocolViolation, Unreachable
+from protocol.hello import HELLO_BYTES_MAX, Greeting, Role, check_answer, make_hello, parse_greeting
 from protocol.limits import HANDSHAKE_TIMEOUT_S
 from protocol.rpc import LENGTH, pack, unpack
 
@@ -71,8 +71,8 @@ async def connect_socket(
     """A connected socket past its hello, and what the server said of itself.
 
     The socket is non-blocking, has TCP_NODELAY, and nothing past the server's ok has been read.
-    The caller owns it. Raises Unreachable, ProtocolViolation, or the server's refusal
-    (NotAuthenticated, StaleEpoch, ReplicaNotFound, ...).
+    The caller owns it. Raises Unreachable, ProtocolViolation, NotAuthenticated when either side does
+    not hold the other's key, or the server's refusal (StaleEpoch, ReplicaNotFound, ...).
     """
     peer = f"{host}:{port}"
     sock: socket.socket | None = None
@@ -84,13 +84,8 @@ async def connect_socket(
                 greeting, key=key, role=role, volume_id=volume_id, epoch=epoch, engine_id=engine_id
             )
             await send_message(sock, hello.to_wire())
-            match await recv_message(sock):
-                case {"ok": _}:
-                    return sock, greeting
-                case {"error": error}:
-                    raise from_wire(error)
-                case other:
-                    raise ProtocolViolation(expected="ok or an error", got=type(other).__name__)
+            check_answer(await recv_message(sock), key=key, greeting=greeting, hello=hello)
+            return sock, greeting
     except BaseException as error:
         if sock is not None:
             sock.close()

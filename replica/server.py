@@ -18,7 +18,7 @@ from typing import Any
 
 from protocol.connect import recv_message, send_message, tune_socket
 from protocol.errors import StorageError, Unreachable
-from protocol.hello import NONCE_BYTES, Greeting, Hello, Role, parse_hello
+from protocol.hello import NONCE_BYTES, Greeting, Hello, Role, make_answer, make_refusal, parse_hello
 from protocol.limits import HANDSHAKE_TIMEOUT_S
 from protocol.rpc import serve_calls
 from replica.calls import Calls
@@ -95,6 +95,8 @@ class ReplicaServer:
         loop = asyncio.get_running_loop()
         while True:
             try:
+                # Without the pause a whole backlog, or a flood, would be accepted before anything else runs.
+                await asyncio.sleep(0)
                 sock, address = await loop.sock_accept(self._listener)
             except OSError as error:
                 self._report_refused(f"accept failed: {error}")
@@ -115,10 +117,11 @@ class ReplicaServer:
         try:
             try:
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                    hello = await self._hello(sock)
+                    nonce = secrets.token_bytes(NONCE_BYTES)
+                    hello = await self._hello(sock, nonce)
                     if hello.role is not Role.CONTROL:
                         handed = True
-                        await self.calls.finish(self._hand_over(sock, hello), "hand over")
+                        await self.calls.finish(self._hand_over(sock, hello, nonce), "hand over")
                         return
             finally:
                 self._handshakes -= 1
@@ -131,27 +134,29 @@ class ReplicaServer:
             if not handed:
                 sock.close()
 
-    async def _hello(self, sock: socket.socket) -> Hello:
-        """The hello of a peer that belongs to the cluster; answered only if it is to be refused."""
+    async def _hello(self, sock: socket.socket, nonce: bytes) -> Hello:
+        """The hello of a peer that belongs to the cluster. Answered here, unless the socket is to be
+        handed over."""
         sock.setblocking(False)
         tune_socket(sock)
-        nonce = secrets.token_bytes(NONCE_BYTES)
         greeting = Greeting(nonce=nonce, boot_id=self._boot_id, process_id=self._process_id)
         await send_message(sock, greeting.to_wire())
         try:
             hello = parse_hello(await recv_message(sock), key=self._key, nonce=nonce)
-            if hello.role is Role.CONTROL and self._controls >= CONTROL_CONNECTIONS_MAX:
-                raise Unreachable(
-                    peer="this server", reason=f"{CONTROL_CONNECTIONS_MAX} connections are open"
-                )
         except StorageError as error:
-            await send_message(sock, {"error": error.to_wire()})
+            await send_message(sock, make_refusal(error))
             raise
         if hello.role is Role.CONTROL:
-            await send_message(sock, {"ok": {}})
+            full: StorageError | None = None
+            if self._controls >= CONTROL_CONNECTIONS_MAX:
+                reason = f"{CONTROL_CONNECTIONS_MAX} connections are open"
+                full = Unreachable(peer="this server", reason=reason)
+            await send_message(sock, make_answer(hello, full, key=self._key, nonce=nonce))
+            if full is not None:
+                raise full
         return hello
 
-    async def _hand_over(self, sock: socket.socket, hello: Hello) -> None:
+    async def _hand_over(self, sock: socket.socket, hello: Hello, nonce: bytes) -> None:
         """Give a data or peer socket to the data plane. Owns ``sock``; must not be cancelled, because the
         descriptor may be in use by a thread."""
         try:
@@ -159,9 +164,9 @@ class ReplicaServer:
             await replica.attach(sock.fileno(), role=hello.role, epoch=hello.epoch)
             log.info("session opened volume=%s role=%s epoch=%d by=%s",
                      hello.volume_id, hello.role.value, hello.epoch, hello.engine_id)  # fmt: skip
-            await send_message(sock, {"ok": {}})
+            await send_message(sock, make_answer(hello, key=self._key, nonce=nonce))
         except StorageError as error:
-            await send_message(sock, {"error": error.to_wire()})
+            await send_message(sock, make_answer(hello, error, key=self._key, nonce=nonce))
             raise
         finally:
             sock.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import BadRequest, ReplicaNotFound, VolumeInUse
-from protocol.hello import Greeting, parse_hello
+from protocol.hello import Greeting, make_answer, parse_hello
 from protocol.rpc import read_message, serve_calls, write_message
 
 
@@ -95,8 +95,8 @@ async def main(options: argparse.Namespace, key: bytes) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonce = secrets.token_bytes(32)
         await write_message(writer, Greeting(nonce, "boot", "process").to_wire())
-        parse_hello(await read_message(reader), key=key, nonce=nonce)
-        await write_message(writer, {"ok": {}})
+        hello = parse_hello(await read_message(reader), key=key, nonce=nonce)
+        await write_message(writer, make_answer(hello, key=key, nonce=nonce))
         await serve_calls(reader, writer, server.answer)
         writer.close()
 

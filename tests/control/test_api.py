@@ -193,6 +193,7 @@ def test_connections_past_the_cap_are_closed_and_old_ones_stay(cluster: FakeClus
         for _ in range(api.CONNECTIONS_MAX + 10):
             held.append(socket.create_connection(tcp(cluster), timeout=10))
         assert held[-1].recv(1) == b""  # refused: closed without a word
+        assert cluster.client.status()["daemon"]  # the unix socket has room of its own
         first.request("GET", "/healthz")
         assert first.getresponse().status == 200
     finally:

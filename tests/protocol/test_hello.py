@@ -22,10 +22,12 @@ from protocol.hello import (
     Greeting,
     Hello,
     Role,
+    check_answer,
+    make_answer,
     make_hello,
+    make_refusal,
     parse_greeting,
     parse_hello,
-    prove,
 )
 from protocol.rpc import LENGTH, pack
 
@@ -56,7 +58,15 @@ def test_a_proof_replayed_under_another_nonce_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"role": Role.CONTROL}, {"volume_id": "w"}, {"epoch": 4}, {"engine_id": "f"}, {"proof": b""}]
+    "changed",
+    [
+        {"role": Role.CONTROL},
+        {"volume_id": "w"},
+        {"epoch": 4},
+        {"engine_id": "f"},
+        {"nonce": b"x" * NONCE_BYTES},
+        {"proof": b""},
+    ],
 )
 def test_a_proof_covers_every_field(changed: dict[str, Any]) -> None:
     with pytest.raises(NotAuthenticated):
@@ -64,9 +74,7 @@ def test_a_proof_covers_every_field(changed: dict[str, Any]) -> None:
 
 
 def test_fields_cannot_be_shifted_under_one_proof() -> None:
-    honest = hello(volume_id="v", engine_id="e")
-    assert prove(KEY, NONCE, Role.DATA, "v", 3, "e") == honest.proof
-    shifted = replace(hello(volume_id="v\x003\x00x", engine_id="e"))
+    shifted = hello(volume_id="v\x003\x00x", engine_id="e")
     with pytest.raises(ProtocolViolation):
         parse_hello(shifted.to_wire(), key=KEY, nonce=NONCE)
 
@@ -83,6 +91,8 @@ def test_fields_cannot_be_shifted_under_one_proof() -> None:
         {"volume_id": "x" * 201},
         {"engine_id": "x" * 201},
         {"proof": "text"},
+        {"nonce": b"short"},
+        {"nonce": None},
     ],
 )
 def test_a_malformed_hello_is_refused(changed: dict[str, Any]) -> None:
@@ -112,6 +122,58 @@ def test_another_version_is_named() -> None:
         parse_greeting({"dolmen": 2})
 
 
+def check(answer: Any, made: Hello, *, key: bytes = KEY) -> None:
+    check_answer(answer, key=key, greeting=GREETING, hello=made)
+
+
+REFUSAL = StaleEpoch(volume="v", offered=1, current=4)
+
+
+def test_a_server_with_the_clusters_key_is_believed() -> None:
+    made = hello()
+    check(make_answer(made, key=KEY, nonce=NONCE), made)
+    with pytest.raises(StaleEpoch, match="older than 4"):
+        check(make_answer(made, REFUSAL, key=KEY, nonce=NONCE), made)
+
+
+@pytest.mark.parametrize("error", [None, REFUSAL])
+def test_a_server_with_another_key_is_not_believed(error: StorageError | None) -> None:
+    made = hello()
+    with pytest.raises(NotAuthenticated):
+        check(make_answer(made, error, key=os.urandom(KEY_BYTES), nonce=NONCE), made)
+
+
+def test_a_clients_proof_does_not_pass_for_a_servers_nor_the_other_way_round() -> None:
+    made = hello()
+    with pytest.raises(NotAuthenticated):
+        check({"ok": {}, "proof": made.proof}, made)
+    answer = make_answer(made, key=KEY, nonce=NONCE)
+    with pytest.raises(NotAuthenticated):
+        parse_hello(made.to_wire() | {"proof": answer["proof"]}, key=KEY, nonce=NONCE)
+
+
+def test_an_answer_to_one_hello_does_not_answer_another() -> None:
+    # Every hello has a nonce of its own, so that not even the same hello is answered by a recording.
+    recorded = make_answer(hello(), key=KEY, nonce=NONCE)
+    for other in (hello(), hello(role=Role.PEER), hello(volume_id="w"), hello(epoch=4)):
+        with pytest.raises(NotAuthenticated):
+            check(recorded, other)
+    assert hello().nonce != hello().nonce
+
+
+@pytest.mark.parametrize("answer", [{"ok": {}}, {"error": REFUSAL.to_wire()}, {"ok": {}, "proof": "text"}])
+def test_an_answer_without_a_proof_is_not_believed(answer: Any) -> None:
+    with pytest.raises(NotAuthenticated):
+        check(answer, hello())
+
+
+def test_a_refused_hello_is_told_so_without_a_proof() -> None:
+    with pytest.raises(NotAuthenticated):
+        check(make_refusal(NotAuthenticated()), hello())
+    with pytest.raises(ProtocolViolation, match="expected a hello"):
+        check(make_refusal(ProtocolViolation(expected="a hello", got="int")), hello())
+
+
 wires = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=4),
@@ -125,6 +187,8 @@ def test_whatever_stands_for_a_hello_is_refused(wire: object) -> None:
         parse_hello(wire, key=KEY, nonce=NONCE)
     with pytest.raises(ProtocolViolation):
         parse_greeting(wire)
+    with pytest.raises((ProtocolViolation, NotAuthenticated)):
+        check(wire, hello())
 
 
 # -- on real sockets
@@ -150,15 +214,18 @@ async def with_server(script: Script, client: Callable[[int], Awaitable[None]]) 
             serving.cancel()
 
 
-async def honest(sock: socket.socket) -> Hello:
+async def honest(sock: socket.socket, error: StorageError | None = None) -> dict[str, Any]:
+    """The answer of a server that holds the key."""
     await send_message(sock, GREETING.to_wire())
-    return parse_hello(await recv_message(sock), key=KEY, nonce=NONCE)
+    return make_answer(
+        parse_hello(await recv_message(sock), key=KEY, nonce=NONCE), error, key=KEY, nonce=NONCE
+    )
 
 
 def test_nothing_past_the_servers_ok_is_read_ahead() -> None:
     async def script(sock: socket.socket) -> None:
-        await honest(sock)
-        await asyncio.get_running_loop().sock_sendall(sock, pack({"ok": {}}) + b"FRAME")
+        answer = pack(await honest(sock))
+        await asyncio.get_running_loop().sock_sendall(sock, answer + b"FRAME")
 
     async def client(port: int) -> None:
         sock, greeting = await connect_socket(
@@ -174,8 +241,8 @@ def test_nothing_past_the_servers_ok_is_read_ahead() -> None:
 
 def test_a_control_connection_continues_as_streams() -> None:
     async def script(sock: socket.socket) -> None:
-        assert (await honest(sock)).role is Role.CONTROL
-        await asyncio.get_running_loop().sock_sendall(sock, pack({"ok": {}}) + b"MESSAGE")
+        answer = pack(await honest(sock))
+        await asyncio.get_running_loop().sock_sendall(sock, answer + b"MESSAGE")
 
     async def client(port: int) -> None:
         reader, writer = await connect("127.0.0.1", port, key=KEY, engine_id="e")
@@ -206,10 +273,20 @@ def expect(
 
 def test_the_servers_refusal_is_raised_as_itself() -> None:
     async def script(sock: socket.socket) -> None:
-        await honest(sock)
-        await send_message(sock, {"error": StaleEpoch(volume="v", offered=1, current=4).to_wire()})
+        await send_message(sock, await honest(sock, REFUSAL))
 
     expect(StaleEpoch, script, match="epoch 1 is older than 4")
+
+
+def test_a_server_that_holds_no_key_is_not_obeyed() -> None:
+    for answer in ({"ok": {}}, {"error": REFUSAL.to_wire()}):
+
+        async def script(sock: socket.socket, answer: Any = answer) -> None:
+            await send_message(sock, GREETING.to_wire())
+            await recv_message(sock)
+            await send_message(sock, answer)
+
+        expect(NotAuthenticated, script)
 
 
 def test_a_server_that_closes_is_unreachable() -> None:

@@ -23,7 +23,7 @@ from protocol.errors import (
     Unreachable,
     from_wire,
 )
-from protocol.hello import HELLO_BYTES_MAX, Role, make_hello, parse_greeting
+from protocol.hello import HELLO_BYTES_MAX, Role, check_answer, make_hello, parse_greeting
 from protocol.membership import MembershipRecord
 from protocol.rpc import LENGTH, pack
 from replica import replicas as replicas_module
@@ -143,7 +143,7 @@ def test_a_data_socket_goes_to_the_data_plane_with_nothing_read_ahead(play: Play
             hello = make_hello(greeting, key=KEY, role=Role.DATA, volume_id=VOLUME, epoch=1, engine_id="A")
             # An impatient client: its first frame is in the same segment as its hello.
             await loop.sock_sendall(sock, pack(hello.to_wire()) + b"FRAME")
-            assert await recv_message(sock) == {"ok": {}}
+            check_answer(await recv_message(sock), key=KEY, greeting=greeting, hello=hello)
             (descriptor,) = rig.io.descriptors.values()
             with socket.socket(fileno=os.dup(descriptor)) as native:
                 assert await loop.sock_recv(native, 100) == b"FRAME"
@@ -346,7 +346,7 @@ def test_past_the_cap_of_handshakes_the_new_are_refused_and_the_old_kept(
         assert (await client.inspect(VOLUME))["state"] == "open"
         hello = make_hello(greetings[0], key=KEY, role=Role.CONTROL, engine_id="A")
         await send_message(held[0], hello.to_wire())
-        assert await recv_message(held[0]) == {"ok": {}}
+        check_answer(await recv_message(held[0]), key=KEY, greeting=greetings[0], hello=hello)
         async with await rig.client():  # a slot is free again
             pass
         for sock in held:

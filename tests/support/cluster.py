@@ -22,12 +22,13 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from control.client import Client
 from tests.support.processes import is_alive, kill, run, wait_until
+from tests.support.tmpfs import tmpfs
 
 DOLMEN = Path(sys.executable).parent / "dolmen"
 COMMAND_TIMEOUT_S = 60.0
@@ -137,14 +138,15 @@ class Cluster:
         return found[0]
 
     def replica_pids(self, name: str) -> dict[str, int]:
-        """Replica id to the pid of its server."""
-        return {replica["id"]: int(replica["pid"]) for replica in self.show(name)["replicas"]}
+        """Replica id to the pid of its server, of those that run."""
+        return {r["id"]: int(r["pid"]) for r in self.show(name)["replicas"] if r["pid"] is not None}
 
     def kill_engine(self, name: str) -> int:
         """SIGKILL; returns the pid that died. The daemon starts another by itself."""
         return self._kill(self.engine_pid(name))
 
     def kill_replica(self, name: str, replica: str) -> int:
+        """The pid that died. The daemon starts another server by itself."""
         return self._kill(self.replica_pids(name)[replica])
 
     def kill_daemon(self) -> int:
@@ -178,6 +180,9 @@ class Cluster:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def descriptor_count(self, pid: int) -> int:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+
     # --- the end
 
     def logs(self) -> str:
@@ -200,20 +205,24 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(*, nodes: int = 3) -> Iterator[Cluster]:
+def cluster(*, nodes: int = 3, disk_bytes: Mapping[str, int] | None = None) -> Iterator[Cluster]:
+    """``disk_bytes``: the size of a node's disk, which is then a file system of its own in memory."""
     directory = Path(tempfile.mkdtemp(prefix="dolmen-test-", dir="/tmp"))  # short: sockets live in it
     dolmen = Cluster(directory)
-    try:
-        dolmen.up(nodes=nodes)
-        yield dolmen
-        dolmen.dolmen("down", "--dir", directory)
-        wait_for_none(dolmen)
-    except BaseException:
-        print(dolmen.logs(), file=sys.stderr)
-        raise
-    finally:
-        dolmen.end_everything()
-        shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.ExitStack() as mounts:
+        mounts.callback(shutil.rmtree, directory, ignore_errors=True)
+        for node, size_bytes in (disk_bytes or {}).items():
+            mounts.enter_context(tmpfs(directory / "nodes" / node / "disk0", size_bytes=size_bytes))
+        try:
+            dolmen.up(nodes=nodes)
+            yield dolmen
+            dolmen.dolmen("down", "--dir", directory)
+            wait_for_none(dolmen)
+        except BaseException:
+            print(dolmen.logs(), file=sys.stderr)
+            raise
+        finally:
+            dolmen.end_everything()
 
 
 def wait_for_none(dolmen: Cluster) -> None:

@@ -12,6 +12,9 @@ import pytest
 
 from tests.support.cluster import Cluster, cluster
 
+TIMEOUT_S = 300
+"""Per test. On a machine that does nothing else, the slowest takes a tenth of it."""
+
 VOLUME_BYTES = 64 * 1024 * 1024
 _numbers = itertools.count(1)
 
@@ -53,3 +56,9 @@ def shared_volume(dolmen: Cluster) -> Iterator[Volume]:
 def volume(dolmen: Cluster) -> Iterator[Volume]:
     """All zeroes, and the test's own."""
     yield from _attached(dolmen)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))

@@ -88,8 +88,8 @@ class RawNbd:
             assert cookie == self._cookie
             return Answer(error, self.receive(length) if kind == READ and not error else b"")
         assert magic == STRUCTURED_MAGIC, hex(magic)
-        answer = Answer(0, bytes(length) if kind == READ else b"")
-        filled = bytearray(answer.data)
+        answer = Answer(0)
+        parts: list[tuple[int, bytes]] = []
         while True:
             flags, chunk, cookie, size = struct.unpack(">HHQI", self.receive(16))
             assert cookie == self._cookie
@@ -100,12 +100,16 @@ class RawNbd:
             elif chunk == OFFSET_DATA:
                 at = struct.unpack(">Q", payload[:8])[0] - offset
                 assert at >= 0 and at + size - 8 <= length, "data outside of the request"
-                filled[at : at + size - 8] = payload[8:]
+                parts.append((at, payload[8:]))
             if flags & DONE:
                 break
             (magic,) = struct.unpack(">I", self.receive(4))
             assert magic == STRUCTURED_MAGIC
-        answer.data = bytes(filled)
+        if kind == READ and not answer.error:
+            filled = bytearray(length)  # what no chunk covers is a hole
+            for at, part in parts:
+                filled[at : at + len(part)] = part
+            answer.data = bytes(filled)
         return answer
 
     def is_closed(self) -> bool:

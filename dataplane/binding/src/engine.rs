@@ -45,6 +45,21 @@ fn event_tuple<'py>(py: Python<'py>, event: Event) -> PyResult<Bound<'py, PyTupl
     }
 }
 
+/// Let large buffers come from the system and return to it: otherwise glibc raises its threshold
+/// after the first one, takes the rest from its heap, and memory that a burst used stays ours.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn keep_memory_flat() {
+    extern "C" {
+        fn mallopt(parameter: i32, value: i32) -> i32;
+    }
+    const M_MMAP_THRESHOLD: i32 = -3;
+    // SAFETY: glibc's own setting, callable at any time; a refusal changes nothing.
+    unsafe { mallopt(M_MMAP_THRESHOLD, 256 * 1024) };
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn keep_memory_flat() {}
+
 #[pyclass(frozen, module = "_dataplane")]
 struct EngineLoop {
     handle: EngineHandle,
@@ -54,6 +69,7 @@ struct EngineLoop {
 impl EngineLoop {
     #[new]
     fn new(size_bytes: u64, epoch: u64, slot_count: usize) -> PyResult<Self> {
+        keep_memory_flat();
         // Only a measurement of what spinning brings turns it off.
         let spin = std::env::var_os("DOLMEN_ENGINE_SPIN").is_none_or(|value| value != "0");
         let options = Options { size_bytes, epoch, slot_count, spin };
@@ -112,6 +128,10 @@ impl EngineLoop {
 
     fn regions_equal(&self, regions: Vec<u32>) -> PyResult<()> {
         self.handle.regions_equal(regions).map_err(to_python)
+    }
+
+    fn partial_done(&self, regions: Vec<u32>) -> PyResult<()> {
+        self.handle.partial_done(regions).map_err(to_python)
     }
 
     fn pause(&self, paused: bool) -> PyResult<()> {

@@ -199,6 +199,40 @@ fn bytes_that_are_not_nbd_close_that_connection_alone() {
 }
 
 #[test]
+fn requests_with_random_fields_are_answered_or_refused_and_nothing_is_left() {
+    let rig = Rig::new(SIZE, 2);
+    for seed in 0..60u64 {
+        let mut client = rig.client_with(seed % 2 == 0, (seed % 3) as u32, seed % 5 == 0);
+        let mut bytes = Vec::new();
+        for (index, field) in pattern(seed, 40 * 16).chunks(16).enumerate() {
+            let wide = u64::from_le_bytes(field[0..8].try_into().expect("8 bytes"));
+            let command = if field[8] < 200 { u16::from(field[8] % 9) } else { u16::from(field[8]) << 3 };
+            if command == DISC {
+                continue;
+            }
+            let flags = if field[9] < 128 { u16::from(field[9] % 32) } else { 0 };
+            let offset = if field[10] < 200 { wide % SIZE } else { wide };
+            let small = u32::from(field[11]) * 37;
+            let length = if field[12] < 220 || command == WRITE { small } else { wide as u32 };
+            bytes.extend(request_bytes(command, flags, index as u64, offset, length));
+            if command == WRITE {
+                bytes.extend(pattern(seed, length as usize));
+            }
+        }
+        bytes.extend(request_bytes(DISC, 0, 99, 0, 0));
+        let mut reader = client.stream.try_clone().expect("a clone");
+        let replies = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            std::io::Read::read_to_end(&mut reader, &mut all).map(|count| count > 0)
+        });
+        client.stream.write_all(&bytes).expect("sent");
+        assert!(replies.join().expect("no panic").expect("closed in order"), "seed {seed}");
+    }
+    let stats = rig.engine.stats().expect("open");
+    assert_eq!((stats.clients, stats.in_flight, stats.waiting), (0, 0, 0));
+}
+
+#[test]
 fn a_client_that_does_not_read_costs_bounded_memory_and_disturbs_nobody() {
     let rig = Rig::new(64 << 20, 1);
     let mut greedy = rig.client();

@@ -215,6 +215,32 @@ fn a_resync_makes_regions_equal_and_spares_fresh_blocks() {
 }
 
 #[test]
+fn a_live_fragment_leaves_a_block_stale_and_a_live_zeroing_makes_it_fresh() {
+    let dir = tempfile::tempdir().unwrap();
+    let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+    let service = ReplicaService::new().unwrap();
+    create(&service, &a);
+    create(&service, &b);
+    open_as(&service, "a", &a, 1);
+    open_as(&service, "b", &b, 1);
+    let mut source = Client::attach_to(&service, "a", 1, Role::Data);
+    let mut target = Client::attach_to(&service, "b", 1, Role::Data);
+    // What the target missed: both blocks. It never had anything there.
+    assert_eq!(source.write(0, &blocks([1, 2])), status::OK);
+    service.begin_resync("b", &[0]).unwrap();
+    // Live requests that reach the target first: a fragment of one, and a zeroing of the other.
+    assert_eq!(target.write_partial(0, &[9; 512]), status::OK);
+    assert_eq!(target.zero(4096, 4096), status::OK);
+    assert_eq!(source.write_partial(0, &[9; 512]), status::OK);
+    pull(&service, "a", "b", &[0]);
+    assert_eq!(source.zero(4096, 4096), status::OK);
+    service.end_resync("b").unwrap();
+    let digests = ["a", "b"].map(|volume| service.verify(volume, 0, 16).unwrap().digest);
+    assert_eq!(digests[0], digests[1]);
+    assert_eq!(target.read(0, 4096).1[512..], block(1)[512..]);
+}
+
+#[test]
 fn clean_all_leaves_nothing_to_recover_and_stamps_remain() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("r");

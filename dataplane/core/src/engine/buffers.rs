@@ -28,6 +28,8 @@ const SHARE_BYTES_MIN: usize = 8 * 1024;
 #[derive(Default)]
 struct PoolInner {
     free: [Vec<Vec<u8>>; CLASS_BYTES.len()],
+    /// The fewest free buffers of each class since the last trim: nobody needed these.
+    unused: [usize; CLASS_BYTES.len()],
     free_bytes: usize,
     live_bytes: u64,
 }
@@ -50,6 +52,7 @@ impl Pool {
         let bytes = match inner.free[class].pop() {
             Some(bytes) => {
                 inner.free_bytes -= CLASS_BYTES[class];
+                inner.unused[class] = inner.unused[class].min(inner.free[class].len());
                 bytes
             }
             None => vec![0; CLASS_BYTES[class]],
@@ -66,11 +69,18 @@ impl Pool {
         self.inner.borrow().free_bytes
     }
 
-    /// Give what is unused back to the system.
+    /// Give back to the system what nobody needed since the last call.
     pub fn trim(&self) {
-        let mut inner = self.inner.borrow_mut();
-        inner.free = Default::default();
-        inner.free_bytes = 0;
+        let inner = &mut *self.inner.borrow_mut();
+        for (class, bytes) in CLASS_BYTES.iter().enumerate() {
+            let keep = inner.free[class].len() - inner.unused[class];
+            inner.free_bytes -= inner.unused[class] * bytes;
+            inner.free[class].truncate(keep);
+            if keep == 0 {
+                inner.free[class] = Vec::new();
+            }
+            inner.unused[class] = keep;
+        }
     }
 }
 
@@ -253,6 +263,20 @@ mod tests {
     use std::io::Read;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn buffers_are_reused_and_those_that_nobody_needs_are_given_back() {
+        let pool = Pool::default();
+        drop((0..5).map(|_| pool.take(4096)).collect::<Vec<_>>());
+        let all = pool.free_bytes();
+        pool.trim();
+        assert_eq!(pool.free_bytes(), all, "all five were in use lately");
+        drop((pool.take(4096), pool.take(4096)));
+        pool.trim();
+        assert_eq!(pool.free_bytes(), all / 5 * 2);
+        pool.trim();
+        assert_eq!((pool.free_bytes(), pool.live_bytes()), (0, 0));
+    }
 
     #[test]
     fn bytes_arrive_in_order_however_they_were_queued() {

@@ -49,6 +49,7 @@ pub(super) enum Command {
     SetUnequal(Vec<u32>),
     SetPartialWait(Vec<u32>),
     RegionsEqual(Vec<u32>),
+    PartialDone(Vec<u32>),
     Pause(bool),
     SetSize(u64),
     Stats(SyncSender<StatsReport>),
@@ -234,6 +235,10 @@ impl EngineHandle {
 
     pub fn regions_equal(&self, regions: Vec<u32>) -> Result<(), Closed> {
         self.send(Command::RegionsEqual(regions))
+    }
+
+    pub fn partial_done(&self, regions: Vec<u32>) -> Result<(), Closed> {
+        self.send(Command::PartialDone(regions))
     }
 
     pub fn pause(&self, paused: bool) -> Result<(), Closed> {

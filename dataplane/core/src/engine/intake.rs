@@ -218,7 +218,7 @@ impl Shell {
         }
     }
 
-    fn engine_has_room(&self, need: u64) -> bool {
+    pub(super) fn engine_has_room(&self, need: u64) -> bool {
         let used = self.pool.live_bytes() + self.reads_reserved;
         self.requests.len() < ENGINE_REQUESTS_MAX && used + need <= ENGINE_BYTES_MAX
     }

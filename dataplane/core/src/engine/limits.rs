@@ -22,11 +22,12 @@ pub const ENGINE_REQUESTS_MAX: usize = 65_536;
 /// missed by others: a paused guest may stay paused as long as it likes.
 pub const CLIENT_OUTPUT_STALL_US: u64 = 5_000_000;
 
-/// Free buffers kept for reuse while there is work. Given back when the engine falls idle.
-pub const POOL_FREE_BYTES_MAX: usize = 12 * 1024 * 1024;
+/// Free buffers kept for reuse: a queue of 32 requests of 1 MiB. What nobody needs for a while is
+/// given back before that.
+pub const POOL_FREE_BYTES_MAX: usize = 34 * 1024 * 1024;
 
-/// Idle for this long: free buffers go back to the system.
-pub const IDLE_TRIM_US: u64 = 1_000_000;
+/// How often unused buffers are given back. Idle, this happens twice and then never.
+pub const POOL_TRIM_US: u64 = 1_000_000;
 
 /// Twin of protocol/limits.py LINK_STALL_TIMEOUT_S.
 pub const LINK_STALL_TIMEOUT_US: u64 = 1_000_000;
@@ -70,4 +71,4 @@ pub const SEND_TURN_BYTES: usize = 4 * 1024 * 1024;
 
 const _: () = assert!(CLIENT_BYTES_MAX >= 2 * NBD_REQUEST_BYTES_MAX);
 const _: () = assert!(ENGINE_BYTES_MAX >= 4 * CLIENT_BYTES_MAX);
-const _: () = assert!(POOL_FREE_BYTES_MAX as u64 >= 8 * FRAME_PAYLOAD_BYTES_MAX);
+const _: () = assert!(POOL_FREE_BYTES_MAX as u64 >= 32 * FRAME_PAYLOAD_BYTES_MAX);

@@ -83,10 +83,9 @@ impl<T> Regions<T> {
         self.unequal.insert(region);
     }
 
-    #[must_use]
-    pub fn set_unequal(&mut self, regions: &[u32]) -> Released<T> {
-        self.unequal = regions.iter().copied().collect();
-        self.release_all()
+    /// More regions to make equal. Those that diverged by themselves stay.
+    pub fn set_unequal(&mut self, regions: &[u32]) {
+        self.unequal.extend(regions);
     }
 
     #[must_use]
@@ -103,6 +102,19 @@ impl<T> Regions<T> {
             self.partial_wait.remove(region);
             self.wanted.remove(region);
             released.extend(self.take(*region));
+        }
+        released
+    }
+
+    /// Resync: parts of blocks may be written here again. A region that diverged meanwhile stays unequal.
+    #[must_use]
+    pub fn partial_done(&mut self, regions: &[u32]) -> Released<T> {
+        let mut released = Vec::new();
+        for region in regions {
+            if self.partial_wait.remove(region) {
+                self.wanted.remove(region);
+                released.extend(self.take(*region));
+            }
         }
         released
     }
@@ -131,7 +143,7 @@ mod tests {
     fn in_an_unequal_region_only_whole_blocks_go() {
         let mut regions: Regions<u8> = Regions::new();
         assert!(regions.is_quiet());
-        assert!(regions.set_unequal(&[3]).is_empty());
+        regions.set_unequal(&[3]);
         assert!(regions.must_wait(3, Read) && regions.must_wait(3, Partial) && !regions.must_wait(3, Whole));
         assert!(!regions.must_wait(4, Read));
         assert!(regions.park(3, Read, 1), "the first to wait is told");
@@ -159,12 +171,24 @@ mod tests {
     #[test]
     fn replacing_a_set_lets_all_try_again_and_says_again_who_waits() {
         let mut regions: Regions<u8> = Regions::new();
-        assert!(regions.set_unequal(&[1, 2]).is_empty());
-        regions.park(1, Read, 1);
-        regions.park(2, Read, 2);
-        let released = regions.set_unequal(&[2]);
+        assert!(regions.set_partial_wait(&[1, 2]).is_empty());
+        regions.park(1, Partial, 1);
+        regions.park(2, Partial, 2);
+        let released = regions.set_partial_wait(&[2]);
         assert_eq!(released, vec![VecDeque::from([1]), VecDeque::from([2])]);
-        assert!(!regions.must_wait(1, Read));
-        assert!(regions.park(2, Read, 2));
+        assert!(!regions.must_wait(1, Partial));
+        assert!(regions.park(2, Partial, 2));
+    }
+
+    #[test]
+    fn a_region_that_diverged_stays_unequal_through_a_resync_and_another_reconcile() {
+        let mut regions: Regions<u8> = Regions::new();
+        assert!(regions.set_partial_wait(&[1]).is_empty());
+        regions.park(1, Partial, 1);
+        regions.add_unequal(1);
+        assert_eq!(regions.partial_done(&[1]), vec![VecDeque::from([1])]);
+        assert!(regions.must_wait(1, Partial) && regions.must_wait(1, Read));
+        regions.set_unequal(&[2]);
+        assert!(regions.must_wait(1, Read) && regions.must_wait(2, Read));
     }
 }

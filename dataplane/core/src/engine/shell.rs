@@ -189,7 +189,8 @@ impl Shell {
                     }
                     break;
                 }
-                // Replicas and clients may share this core: what they do is what we wait for.
+                // Replicas and clients may share this core: what they do is what we wait for
+                // (measured on two cores: spinning without this is slower than sleeping).
                 std::thread::yield_now();
             }
         }
@@ -242,10 +243,7 @@ impl Shell {
                     self.retry_waiting_reads();
                 }
                 Command::Barrier(token) => self.table.barrier(token),
-                Command::SetUnequal(regions) => {
-                    let released = self.regions.set_unequal(&regions);
-                    self.release(released);
-                }
+                Command::SetUnequal(regions) => self.regions.set_unequal(&regions),
                 Command::SetPartialWait(regions) => {
                     let released = self.regions.set_partial_wait(&regions);
                     self.release(released);
@@ -253,6 +251,10 @@ impl Shell {
                 Command::RegionsEqual(regions) => {
                     self.table.regions_equal(&regions);
                     let released = self.regions.equal(&regions);
+                    self.release(released);
+                }
+                Command::PartialDone(regions) => {
+                    let released = self.regions.partial_done(&regions);
                     self.release(released);
                 }
                 Command::Pause(paused) => self.pause(paused),

@@ -16,10 +16,6 @@ impl<T> Slab<T> {
         self.entries.len() - self.free.len()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     pub fn insert(&mut self, value: T) -> u32 {
         match self.free.pop() {
             Some(key) => {

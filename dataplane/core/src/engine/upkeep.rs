@@ -3,7 +3,7 @@
 //! Promises: nothing is armed while nothing is outstanding: an idle engine is never woken by itself.
 
 use super::limits::{
-    CLIENT_OUTPUT_STALL_US, COMPLETED_INTERVAL_US, IDLE_TRIM_US, LINK_STALL_TIMEOUT_US, LINK_SYNC_TIMEOUT_US,
+    CLIENT_OUTPUT_STALL_US, COMPLETED_INTERVAL_US, LINK_STALL_TIMEOUT_US, LINK_SYNC_TIMEOUT_US, POOL_TRIM_US,
     READ_REISSUE_US, SELF_PAUSE_US, STALL_CHECK_US,
 };
 use super::link::LinkEnd;
@@ -23,7 +23,7 @@ pub(super) struct Timers {
     completed_sent_us: u64,
     completed_sent_id: u64,
     shortage_checked_us: u64,
-    active_us: u64,
+    trimmed_us: u64,
 }
 
 impl Timers {
@@ -58,7 +58,7 @@ impl Shell {
             at(timers.shortage_checked_us + CLIENT_OUTPUT_STALL_US / 4);
         }
         if self.pool.free_bytes() > 0 {
-            at(timers.active_us + IDLE_TRIM_US);
+            at(timers.trimmed_us + POOL_TRIM_US);
         }
         self.timers.was_waiting = busy;
         next
@@ -92,11 +92,9 @@ impl Shell {
             self.timers.shortage_checked_us = now_us;
             self.close_stuck_clients();
         }
-        if !self.requests.is_empty() {
-            self.timers.active_us = now_us;
-        } else if now_us >= self.timers.active_us + IDLE_TRIM_US {
+        if now_us >= self.timers.trimmed_us + POOL_TRIM_US && self.pool.free_bytes() > 0 {
+            self.timers.trimmed_us = now_us;
             self.pool.trim();
-            self.timers.active_us = now_us;
         }
     }
 
@@ -176,6 +174,13 @@ impl Shell {
     /// Memory is short: close the clients that hold some and do not move.
     fn close_stuck_clients(&mut self) {
         let now_us = self.now_us;
+        let missed = self.blocked.iter().any(|key| {
+            let client = &self.clients[*key];
+            client.has_room(client.blocked_need) && !self.engine_has_room(client.blocked_need)
+        });
+        if !missed {
+            return; // who is held back has only himself to wait for
+        }
         let stuck: Vec<u32> = self
             .clients
             .iter()

@@ -21,6 +21,11 @@ impl<F: BlockFile> Store<F> {
         data: &[u8],
         request_id: u64,
     ) -> Result<()> {
+        self.note_fresh(first_block, (data.len() / BLOCK) as u64);
+        self.put_blocks(first_block, checksums, data, request_id)
+    }
+
+    fn put_blocks(&mut self, first_block: u64, checksums: &[u8], data: &[u8], request_id: u64) -> Result<()> {
         assert_eq!(checksums.len() / 8, data.len() / BLOCK);
         self.check_alive()?;
         let count = (data.len() / BLOCK) as u64;
@@ -46,7 +51,8 @@ impl<F: BlockFile> Store<F> {
         Ok(())
     }
 
-    /// Read, modify, write within one block.
+    /// Read, modify, write within one block. A resync still copies the block: what the fragment left of it
+    /// is as stale as before.
     pub fn write_partial(&mut self, offset_bytes: u64, fragment: &[u8], request_id: u64) -> Result<()> {
         self.check_alive()?;
         let block = offset_bytes / BLOCK_BYTES;
@@ -58,12 +64,14 @@ impl<F: BlockFile> Store<F> {
         let at = (offset_bytes % BLOCK_BYTES) as usize;
         data[at..at + fragment.len()].copy_from_slice(fragment);
         let checksum = block_checksum(block, &data);
-        self.write_blocks(block, &checksum.to_le_bytes(), &data, request_id)
+        self.put_blocks(block, &checksum.to_le_bytes(), &data, request_id)
     }
 
     /// Makes blocks read as zero. `keep` leaves (or makes) their space allocated.
     pub fn zero_blocks(&mut self, first_block: u64, count: u64, keep: bool, request_id: u64) -> Result<()> {
         self.check_alive()?;
+        // Also blocks that read as zero already: the source may not have zeroed them yet.
+        self.note_fresh(first_block, count);
         for (region, first, end) in pieces(first_block, count) {
             if let Some((first, end)) = self.zero_extent(region, first, end, keep)? {
                 self.zero_piece(region, first, end, keep, request_id)?;
@@ -200,12 +208,21 @@ impl<F: BlockFile> Store<F> {
     fn note_write(&mut self, first_block: u64, count: u64, request_id: u64) {
         self.write_seq += 1;
         self.data_unsynced = true;
-        for (region, first, end) in pieces(first_block, count) {
+        for (region, _, _) in pieces(first_block, count) {
             let first_here = self.log.dirty().get(&region).is_some_and(|known| known.last_write_id == 0);
             self.log.note_write(region, request_id, self.now_ms);
             if first_here && request_id != 0 {
                 self.mark_ahead(region);
             }
+        }
+    }
+
+    /// A live write has replaced these whole blocks: a resync must not touch them any more.
+    fn note_fresh(&mut self, first_block: u64, count: u64) {
+        if self.resync.is_empty() {
+            return;
+        }
+        for (region, first, end) in pieces(first_block, count) {
             if let Some(fresh) = self.resync.get_mut(&region) {
                 (first..end).for_each(|index| set_bit(fresh, index));
             }
