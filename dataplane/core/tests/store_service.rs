@@ -129,12 +129,12 @@ fn garbage_closes_its_own_session_only() {
     create(&service, &path);
     open(&service, &path, 1);
     let mut good = Client::attach(&service, 1, Role::Data);
-    let mut hostile = Client::attach(&service, 1, Role::Data);
+    let mut hostile = Client::attach(&service, 1, Role::Peer);
     hostile.socket.write_all(&[0x55; 4096]).unwrap();
     let mut rest = [0; 1];
     assert!(!matches!(hostile.socket.read(&mut rest), Ok(1..)));
-    assert_eq!(good.write(0, &block(1)), status::OK);
     let events = service.poll_events();
+    assert_eq!(good.write(0, &block(1)), status::OK);
     assert!(matches!(&events[..], [Event::SessionClosed { reason, .. }] if reason.contains("bad frame")));
 }
 
@@ -333,4 +333,20 @@ fn a_peer_that_reads_slowly_gets_every_reply() {
     for id in ids {
         assert_eq!(client.reply_to(id).1[256 * 8..], data);
     }
+}
+
+#[test]
+fn a_new_data_session_ends_the_earlier_one() {
+    use std::io::Read;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut first = Client::attach(&service, 1, Role::Data);
+    let mut peer = Client::attach(&service, 1, Role::Peer);
+    let mut second = Client::attach(&service, 1, Role::Data);
+    assert_eq!(second.write(0, &block(1)), status::OK);
+    assert_eq!(first.socket.read(&mut [0]).unwrap(), 0);
+    assert_eq!(peer.read(0, 4096).1, block(1));
 }

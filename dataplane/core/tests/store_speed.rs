@@ -36,6 +36,34 @@ struct Load {
 }
 
 impl Load {
+    /// One write, one flush, again and again.
+    fn run_flushed(&mut self, what: &str, count: usize) {
+        let started = Instant::now();
+        let data = block(5);
+        for _ in 0..count {
+            let offset = (self.dice.roll(SIZE as usize / 4096) * 4096) as u64;
+            for (kind, payload) in [(kind::WRITE, write_payload(offset, &data)), (kind::FLUSH, Vec::new())] {
+                self.id += 1;
+                let length_bytes = if kind == kind::FLUSH { 0 } else { 4096 };
+                let payload_bytes = payload.len() as u32;
+                let header = Header {
+                    kind,
+                    request_id: self.id,
+                    epoch: 1,
+                    offset_bytes: offset,
+                    length_bytes,
+                    payload_bytes,
+                    ..Header::default()
+                };
+                self.socket.write_all(&[&header.encode()[..], &payload].concat()).unwrap();
+                let mut reply = [0; HEADER_BYTES];
+                self.socket.read_exact(&mut reply).unwrap();
+                assert_eq!(Header::decode(&reply).unwrap().status, 0);
+            }
+        }
+        println!("{what:32} {:9.0}/s", count as f64 / started.elapsed().as_secs_f64());
+    }
+
     /// `count` requests, `depth` in flight; sends and receives in batches as an engine does.
     fn run(&mut self, what: &str, kind: u8, length: usize, sequential: bool, count: usize, depth: usize) {
         let (started, cpu) = (Instant::now(), loop_cpu_us());
@@ -119,6 +147,8 @@ fn measure() {
         load.run("cold randread 4 KiB QD32", kind::READ, 4096, false, 50_000, DEPTH);
         load.run("cold read 1 MiB QD8", kind::READ, 1 << 20, true, 200, 8);
     }
+    service.flush(VOLUME).unwrap();
+    load.run_flushed("randwrite 4 KiB QD1 + FLUSH", 300);
     for _ in 0..2 {
         load.run("randwrite 4 KiB QD32", kind::WRITE, 4096, false, 100_000, DEPTH);
         load.run("randwrite 4 KiB QD1", kind::WRITE, 4096, false, 20_000, 1);

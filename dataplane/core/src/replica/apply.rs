@@ -3,7 +3,7 @@
 //! Frames that touch a region are applied in the order of arrival: one that must wait for its mark is
 //! held, and so is every later one that shares a region with a held one. Everything else goes on.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::frame::{flag, kind, le_u64, status, Header};
 use crate::limits::{BLOCK_BYTES, FRAME_DATA_BYTES_MAX, REGION_BYTES, ZERO_BYTES_MAX};
 
 use super::error::Result;
-use super::handle::{Guarded, ReadDone, ReadJob, Shared, Waiter};
+use super::handle::{FrameId, Guarded, ReadDone, ReadJob, Shared, Waiter};
 use super::map::RegionMap;
 use super::read::{begin_read_reply, finish_read_reply, Plan, ReadResult};
 use super::session::Session;
@@ -26,11 +26,21 @@ pub struct HeldFrame {
     pub payload: Vec<u8>,
 }
 
+impl HeldFrame {
+    fn id(&self) -> FrameId {
+        (self.session, self.header.request_id)
+    }
+}
+
 /// Frames of one store that wait, in order, and how many wait in each region.
 #[derive(Default)]
 pub struct Held {
     frames: VecDeque<HeldFrame>,
     regions: RegionMap<u32>,
+    /// Partial writes whose block the read pool fetches. Once fetched they may wait for the disk, so
+    /// that each is fetched once only.
+    warming: HashSet<FrameId>,
+    warmed: HashSet<FrameId>,
 }
 
 impl Held {
@@ -49,9 +59,19 @@ impl Held {
         self.frames.is_empty()
     }
 
+    pub fn note_warmed(&mut self, frame: FrameId) {
+        if self.warming.remove(&frame) {
+            self.warmed.insert(frame);
+        }
+    }
+
     /// All of them, to be applied again in order; those that still cannot come back by themselves.
     pub fn take(&mut self) -> VecDeque<HeldFrame> {
         self.regions.clear();
+        // Those of sessions that have gone go as well.
+        let known: HashSet<FrameId> = self.frames.iter().map(HeldFrame::id).collect();
+        self.warming.retain(|frame| known.contains(frame));
+        self.warmed.retain(|frame| known.contains(frame));
         std::mem::take(&mut self.frames)
     }
 }
@@ -122,7 +142,7 @@ impl Turn<'_> {
     fn apply_in_order(&mut self, session: &mut Session, header: &Header, payload: &[u8]) -> Result<()> {
         let regions = regions_of(header.offset_bytes, u64::from(header.length_bytes));
         let may_write = !changes(header.kind) || self.is_ready(header, regions.clone())?;
-        if !may_write || self.held.blocks(regions.clone()) {
+        if !may_write || self.held.blocks(regions.clone()) || self.is_cold(session, header)? {
             session.defer(payload.len());
             let frame = HeldFrame { session: session.id, header: *header, payload: payload.to_vec() };
             self.held.push(frame, regions);
@@ -144,6 +164,27 @@ impl Turn<'_> {
             }
         }
         store.begin_marks(regions, false)
+    }
+
+    /// Must this frame wait for a block from the disk? Then the read pool has been asked for it.
+    fn is_cold(&mut self, session: &Session, header: &Header) -> Result<bool> {
+        let frame = (session.id, header.request_id);
+        if !matches!(header.kind, kind::WRITE_PARTIAL | kind::REPAIR) || self.held.warmed.remove(&frame) {
+            return Ok(false);
+        }
+        if self.guarded.store.is_warm(header.offset_bytes / BLOCK_BYTES, self.plan)? {
+            return Ok(false);
+        }
+        if self.held.warming.insert(frame) {
+            self.shared.reads.push(ReadJob {
+                handle: Arc::clone(&session.handle),
+                session: session.id,
+                header: *header,
+                plan: self.plan.clone(),
+                warm: true,
+            });
+        }
+        Ok(true)
     }
 
     fn execute(&mut self, session: &mut Session, header: &Header, payload: &[u8]) -> Result<()> {
@@ -198,6 +239,7 @@ impl Turn<'_> {
                     session: session.id,
                     header: *header,
                     plan: self.plan.clone(),
+                    warm: false,
                 });
             }
         }

@@ -64,6 +64,11 @@ pub trait Disk: Send + Sync + 'static {
 
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
+/// Longest single write to a file. The page cache keeps a long write in large folios, and a later 4 KiB
+/// write into one of those walks all of its buffers: 5 times the CPU of the same write into folios of this
+/// size, which in turn cost a large write nothing (measured on ext4, Linux 6.18).
+const WRITE_BYTES_MAX: usize = 64 * 1024;
+
 pub struct RealFile(File);
 
 impl RealFile {
@@ -120,7 +125,8 @@ impl BlockFile for RealFile {
     fn write_at(&self, data: &[u8], offset: u64) -> Result<(), ShortWrite> {
         let mut done = 0;
         while done < data.len() {
-            match self.0.write_at(&data[done..], offset + done as u64) {
+            let end = data.len().min(done + WRITE_BYTES_MAX);
+            match self.0.write_at(&data[done..end], offset + done as u64) {
                 Ok(0) => {
                     let error = io::Error::from(io::ErrorKind::WriteZero);
                     return Err(ShortWrite { written_bytes: done, error });

@@ -131,6 +131,9 @@ pub struct NewSession {
     pub handle: Arc<StoreHandle>,
 }
 
+/// A session and a request of it.
+pub type FrameId = (u64, u64);
+
 /// To the loop.
 pub enum Message {
     Attach(NewSession),
@@ -144,6 +147,11 @@ pub enum Message {
     Marked(Arc<StoreHandle>),
     Flushed(Vec<(u64, Header, u32)>),
     ReadDone(ReadDone),
+    /// A block that a partial write needs is in the page cache.
+    Warmed {
+        handle: Arc<StoreHandle>,
+        frame: FrameId,
+    },
     Stop,
 }
 
@@ -152,6 +160,8 @@ pub struct ReadJob {
     pub session: u64,
     pub header: Header,
     pub plan: Plan,
+    /// Only bring the blocks into the page cache, for a partial write that is held.
+    pub warm: bool,
 }
 
 pub struct ReadDone {

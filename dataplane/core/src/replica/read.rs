@@ -229,6 +229,17 @@ impl<F: BlockFile> Store<F> {
         }
     }
 
+    /// Is this block in the page cache, or none to be read at all?
+    pub fn is_warm(&mut self, block: u64, plan: &mut Plan) -> Result<bool> {
+        self.locate(block, 1, plan)?;
+        if plan.present_count() == 0 {
+            return Ok(true);
+        }
+        let mut data = [0; BLOCK];
+        let file = &self.layers[usize::from(plan.layers[0])].data;
+        Ok(!matches!(file.read_at_nowait(&mut data, block * BLOCK_BYTES), Nowait::WouldWait))
+    }
+
     /// Runs of equal state, as BLOCK_STATUS answers them.
     pub fn block_status(
         &mut self,

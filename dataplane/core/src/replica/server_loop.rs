@@ -81,6 +81,12 @@ impl ServerLoop {
                 Message::Marked(handle) => self.resume_held(&handle, &mut touched),
                 Message::Flushed(frames) => self.answer_flushed(frames, &mut touched),
                 Message::ReadDone(done) => self.finish_read(done, &mut touched),
+                Message::Warmed { handle, frame } => {
+                    if let Some(held) = self.held.get_mut(&handle.key) {
+                        held.note_warmed(frame);
+                    }
+                    self.resume_held(&handle, &mut touched);
+                }
                 Message::Stop => self.stopping = true,
             }
         }

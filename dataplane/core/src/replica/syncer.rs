@@ -147,7 +147,12 @@ pub fn run_reads(shared: &Shared) {
         match shared.reads.pop(None) {
             Popped::Item(job) => {
                 let done = read(job);
-                shared.send(Message::ReadDone(done));
+                shared.send(if done.job.warm {
+                    let frame = (done.job.session, done.job.header.request_id);
+                    Message::Warmed { handle: done.job.handle, frame }
+                } else {
+                    Message::ReadDone(done)
+                });
             }
             Popped::Idle => {}
             Popped::Closed => return,

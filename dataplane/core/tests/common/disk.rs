@@ -68,6 +68,10 @@ struct State {
     boot: u8,
     /// Operations until the process is killed.
     fuse: Option<u32>,
+    /// Files with this name take only so many bytes more.
+    full: Option<(&'static str, usize)>,
+    /// Files with this name cannot be synced.
+    sync_fails: Option<&'static str>,
 }
 
 impl State {
@@ -86,6 +90,10 @@ impl State {
 
 fn dead() -> io::Error {
     io::Error::other("the process was killed here")
+}
+
+fn no_space() -> io::Error {
+    io::Error::from_raw_os_error(28)
 }
 
 #[derive(Clone, Default)]
@@ -129,6 +137,29 @@ impl MemoryDisk {
         let mut dice = Dice(seed);
         for file in state.files.values_mut() {
             lose(file, loss, &mut dice);
+        }
+    }
+
+    /// The disk is full for files called `name`, but for `left` bytes of the next write.
+    pub fn fill_up(&self, name: &'static str, left: usize) {
+        self.0.lock().unwrap().full = Some((name, left));
+    }
+
+    pub fn make_room(&self) {
+        self.0.lock().unwrap().full = None;
+    }
+
+    pub fn fail_syncs(&self, name: Option<&'static str>) {
+        self.0.lock().unwrap().sync_fails = name;
+    }
+
+    /// Moves a directory's files.
+    pub fn rename(&self, from: &Path, to: &Path) {
+        let mut state = self.0.lock().unwrap();
+        let moved: Vec<PathBuf> = state.files.keys().filter(|path| path.starts_with(from)).cloned().collect();
+        for path in moved {
+            let file = state.files.remove(&path).unwrap();
+            state.files.insert(to.join(path.strip_prefix(from).unwrap()), file);
         }
     }
 
@@ -219,6 +250,14 @@ impl BlockFile for MemoryFile {
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> Result<(), ShortWrite> {
+        let full = self.state.lock().unwrap().full;
+        if let Some((_, left)) = full.filter(|(name, _)| self.path.ends_with(name)) {
+            let written_bytes = left.min(data.len());
+            if written_bytes > 0 {
+                self.change(Change::Write(offset as usize, data[..written_bytes].to_vec())).unwrap();
+            }
+            return Err(ShortWrite { written_bytes, error: no_space() });
+        }
         self.change(Change::Write(offset as usize, data.to_vec()))
             .map_err(|error| ShortWrite { written_bytes: 0, error })
     }
@@ -228,9 +267,15 @@ impl BlockFile for MemoryFile {
         if !state.alive() {
             return Err(dead());
         }
+        if state.sync_fails.is_some_and(|name| self.path.ends_with(name)) {
+            return Err(io::Error::from_raw_os_error(5));
+        }
         let file = state.files.get_mut(&self.path).unwrap();
-        file.synced = file.current.clone();
-        file.unsynced.clear();
+        let length = file.current.len();
+        file.synced.resize(length, 0);
+        for change in std::mem::take(&mut file.unsynced) {
+            apply(&mut file.synced, &change, 0, length);
+        }
         Ok(())
     }
 
@@ -243,6 +288,10 @@ impl BlockFile for MemoryFile {
     }
 
     fn reserve(&self, _offset: u64, _length: u64) -> io::Result<()> {
+        let full = self.state.lock().unwrap().full;
+        if full.is_some_and(|(name, _)| self.path.ends_with(name)) {
+            return Err(no_space());
+        }
         Ok(())
     }
 
