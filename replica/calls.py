@@ -210,8 +210,10 @@ class Calls:
     async def _pull_regions(self, args: Args) -> dict[str, Any]:
         epoch, (host, port), regions = args.epoch(), args.source(), args.regions()
         replica = self._only_replica(args)
-        await self.finish(replica.prepare_pull(epoch=epoch, regions=regions), "prepare pull")
-        return await replica.pull_regions(epoch=epoch, host=host, port=port, regions=regions)
+        pull_round = await self.finish(replica.prepare_pull(epoch=epoch, regions=regions), "prepare pull")
+        return await replica.pull_regions(
+            epoch=epoch, host=host, port=port, regions=regions, pull_round=pull_round
+        )
 
     async def _end_resync(self, args: Args) -> dict[str, Any]:
         epoch = args.epoch()

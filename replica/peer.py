@@ -4,7 +4,8 @@ Owns the peer connection's life. Does not own which regions to pull (the engine 
 copying (the data plane, which gets the socket).
 
 Promises: the socket is shut down, never closed, while a native call may still use its descriptor; a pull that
-is cancelled, or stopped by a newer epoch, ends soon, however stuck its source is.
+is cancelled, or stopped by a claim, ends soon, however stuck its source is; one that was still
+connecting then never begins.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 from typing import Protocol
 
 from protocol.connect import connect_socket
+from protocol.errors import Unreachable
 from protocol.hello import Role
 
 
@@ -32,13 +34,16 @@ class Pulls:
         self._server_id = server_id
         self._sockets: set[socket.socket] = set()
         self._running: set[asyncio.Future[dict[str, int]]] = set()
+        self.round = 0  # counts the times that all pulls were ended
 
     async def pull(
-        self, volume_id: str, *, epoch: int, host: str, port: int, regions: list[int]
+        self, volume_id: str, *, epoch: int, host: str, port: int, regions: list[int], pull_round: int
     ) -> dict[str, int]:
-        """Make ``regions`` equal to those of the replica at ``host:port``.
+        """Make ``regions`` equal to those of the replica at ``host:port``. ``pull_round`` is what ``round``
+        was when it was decided.
 
-        Raises what connect_socket raises, SourceFailed, StaleEpoch, or an error of our own disk.
+        Raises what connect_socket raises, Unreachable when the pulls were ended meanwhile, SourceFailed,
+        StaleEpoch, or an error of our own disk.
         """
         sock, _ = await connect_socket(
             host,
@@ -49,6 +54,10 @@ class Pulls:
             epoch=epoch,
             engine_id=self._server_id,
         )
+        if pull_round != self.round:
+            # It would compare with the source of a resync that is over.
+            sock.close()
+            raise Unreachable(peer=f"the replica of volume {volume_id}", reason="its pulls were ended")
         self._sockets.add(sock)
         pulling = asyncio.ensure_future(
             self._io.pull_regions(volume_id, sock.fileno(), epoch=epoch, regions=regions)
@@ -61,15 +70,12 @@ class Pulls:
             _shut_down(sock)  # the native call sees the end of its source and returns
             raise
 
-    def stop_all(self) -> None:
-        """A newer epoch has been claimed, or the replica goes: no pull may wait for its source."""
+    async def settle(self) -> None:
+        """End all and wait until none can write any more: a pull that was cancelled may still hold blocks
+        it has read, older than what a live write brings next."""
+        self.round += 1
         for sock in self._sockets:
             _shut_down(sock)
-
-    async def settle(self) -> None:
-        """Stop all and wait until none can write any more: a pull that was cancelled may still hold blocks
-        it has read, older than what a live write brings next."""
-        self.stop_all()
         if self._running:
             await asyncio.wait(self._running)
 

@@ -161,6 +161,7 @@ class Replica:
             if self.state is not ReplicaState.OPEN:
                 return
             meta = self._known()
+            await self._pulls.settle()
             await self._io.close_store(self.volume_id)
             await self._persist(epochs.closed(meta))
 
@@ -192,6 +193,7 @@ class Replica:
     async def _reopen(self) -> None:
         self.transition(ReplicaState.OPENING, self.reason)
         suspect = self.meta is not None and self.meta.suspect
+        await self._pulls.settle()
         try:
             await self._io.close_store(self.volume_id)
         except StorageError as error:
@@ -232,10 +234,11 @@ class Replica:
             meta = await self._ready()
             claimed = epochs.claim(meta, epoch=epoch, engine_id=engine_id, boot_id=self._boot_id)
             await self._persist(claimed)
-            # Also when repeated: the first time may have failed between the two.
+            # Also when repeated: the first time may have failed between the two, and an engine that claims
+            # again begins anew. Frames and pulls that its earlier session left end before this is answered.
             await self._io.set_epoch(self.volume_id, epoch)
+            await self._pulls.settle()
             if epoch > meta.epoch:
-                self._pulls.stop_all()
                 log.info("epoch claimed volume=%s epoch=%d engine=%s", self.volume_id, epoch, engine_id)
 
     async def persist_record(self, *, epoch: int, record: MembershipRecord) -> None:
@@ -253,7 +256,7 @@ class Replica:
             if meta == self.meta:
                 return  # said before
             await self._io.set_epoch(self.volume_id, _native_epoch(meta))
-            self._pulls.stop_all()
+            await self._pulls.settle()
             await self._io.clean_all(self.volume_id)
             await self._persist(meta)
             self._doubtful = set()
@@ -300,14 +303,20 @@ class Replica:
             await self._pulls.settle()
             await self._io.begin_resync(self.volume_id, regions)
 
-    async def prepare_pull(self, *, epoch: int, regions: list[int]) -> None:
+    async def prepare_pull(self, *, epoch: int, regions: list[int]) -> int:
+        """What pull_regions is to be given: a pull is over when anything ends the pulls after this."""
         async with self._lock:
             self._check_call(await self._ready(), epoch, regions)
+            return self._pulls.round
 
-    async def pull_regions(self, *, epoch: int, host: str, port: int, regions: list[int]) -> dict[str, int]:
+    async def pull_regions(
+        self, *, epoch: int, host: str, port: int, regions: list[int], pull_round: int
+    ) -> dict[str, int]:
         """After prepare_pull. May be cancelled. Not under the lock: a newer claim must not wait for it; it
         stops it, and the data plane checks the epoch of what is still under way."""
-        return await self._pulls.pull(self.volume_id, epoch=epoch, host=host, port=port, regions=regions)
+        return await self._pulls.pull(
+            self.volume_id, epoch=epoch, host=host, port=port, regions=regions, pull_round=pull_round
+        )
 
     async def end_resync(self, *, epoch: int) -> None:
         async with self._lock:
@@ -406,7 +415,7 @@ class Replica:
                 raise ReplicaNotFound(volume=self.volume_id)
             if self.data_sessions:
                 raise VolumeInUse(volume=self.volume_id)
-            self._pulls.stop_all()
+            await self._pulls.settle()
             try:
                 if self.state in (ReplicaState.OPEN, ReplicaState.FAILED):
                     await self._io.close_store(self.volume_id)

@@ -20,7 +20,7 @@ class ReplicaLoop:
         ("session_closed", volume_id, session_id, reason)
         ("store_failed", volume_id, reason)        # a failed fdatasync or map write: C15
         ("block_damaged", volume_id, block_index)  # found by a read or by verify
-        """
+        Only block_damaged is ever dropped (stats: damage_events_dropped), when thousands wait."""
 
     def shutdown(self) -> None:
         """Close sessions and stores (flushed, not cleaned); join the threads."""
@@ -42,7 +42,9 @@ class ReplicaLoop:
 
     def set_epoch(self, volume_id: str, epoch: int) -> None:
         """When this returns, no operation of an older epoch will be applied or answered with data,
-        and sessions of older epochs are closed (C11). Blocking, short."""
+        and sessions of older epochs are closed (C11). So are data sessions of this very epoch: no frame that
+        was sent before a repeated claim is applied after it (C12). Pulls that run end with "closed" or
+        "stale_epoch". Blocking, short."""
 
     def set_stamp(self, volume_id: str, epoch: int, version: int) -> None:
         """Dirty regions are restamped durably, then later marks carry the new stamp. Blocking."""
@@ -60,7 +62,7 @@ class ReplicaLoop:
         """Mark these regions dirty, durably. From now on remember, for these regions, which blocks
         live writes have made fresh: writes of whole blocks only. A write of part of a block leaves the
         rest of it as stale as it was.
-        Replaces an earlier set."""
+        Replaces an earlier set; a pull begun before writes nothing more and ends with "closed"."""
 
     def pull_regions(self, volume_id: str, fd: int, epoch: int, regions: list[int]) -> dict[str, int]:
         """Make ``regions`` equal to the peer behind ``fd`` (a socket past its hello as "peer"):
@@ -89,7 +91,8 @@ class ReplicaLoop:
 
     def stats(self, volume_id: str) -> dict[str, int]:
         """Counters since open and gauges: reads, writes, flushes, read_bytes, write_bytes,
-        checksum_errors, repairs, dirty_regions, blocks_present, allocated_bytes, sessions."""
+        checksum_errors, repairs, regions_damaged, damage_events_dropped, dirty_regions, blocks_present,
+        allocated_bytes, sessions."""
 
 class EngineLoop:
     """One attached volume: one epoll thread that serves NBD clients and fans out to replicas.

@@ -215,6 +215,59 @@ def test_a_newer_claim_stops_a_pull_whose_source_is_stuck(play: Play, tmp_path: 
     play(scenario)
 
 
+@pytest.mark.parametrize("how", ["claimed again", "closed"])
+def test_a_replica_waits_for_its_pulls_to_end(play: Play, tmp_path: Path, how: str) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.prepare()
+        pulling, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow_to_end(volume_id: str, fd: int, *, epoch: int, regions: list[int]) -> dict[str, int]:
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                pulling.set()
+                assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+            for _ in range(100):
+                await asyncio.sleep(0)  # the native thread still has a block in its hands
+            ended.set()
+            raise Unreachable(peer="the source", reason="shut down")
+
+        rig.io.pull_regions = slow_to_end  # type: ignore[method-assign]
+        async with serving(tmp_path / "second") as source:
+            await source.prepare()
+            async with await rig.client() as client:
+                pull = asyncio.ensure_future(
+                    client.pull_regions(VOLUME, epoch=1, source=("127.0.0.1", source.port), regions=[1])
+                )
+                await pulling.wait()
+                replica = rig.server.replicas.get(VOLUME)
+                if how == "closed":
+                    await replica.close()
+                else:
+                    await replica.claim(epoch=1, engine_id="A")
+                    assert rig.io.log[-1] == ("set_epoch", VOLUME, 1)
+                assert ended.is_set()
+                with pytest.raises(Unreachable):
+                    await pull
+
+    play(scenario)
+
+
+def test_a_pull_that_was_decided_before_a_repeated_claim_never_begins(play: Play, tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.prepare()
+        replica = rig.server.replicas.get(VOLUME)
+        async with serving(tmp_path / "second") as source:
+            await source.prepare()
+            pull_round = await replica.prepare_pull(epoch=1, regions=[1])
+            await replica.claim(epoch=1, engine_id="A")
+            with pytest.raises(Unreachable):
+                await replica.pull_regions(
+                    epoch=1, host="127.0.0.1", port=source.port, regions=[1], pull_round=pull_round
+                )
+            assert "pull_regions" not in rig.io.names()
+
+    play(scenario)
+
+
 def test_a_lost_control_connection_stops_its_pulls(play: Play, tmp_path: Path) -> None:
     async def scenario(rig: Rig) -> None:
         await rig.prepare()
