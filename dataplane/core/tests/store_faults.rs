@@ -201,3 +201,41 @@ fn a_write_that_power_loss_took_shows_the_older_layer_again() {
         }
     }
 }
+
+#[test]
+fn entries_that_are_lost_when_a_chunk_must_go_fail_the_whole_batch() {
+    const REGIONS: u64 = 34;
+    let (disk, size) = (MemoryDisk::new(), REGIONS * REGION);
+    create_store(&disk, Path::new("/r"), "head", size).unwrap();
+    let options = OpenOptions { chunks_cached_max: 32, ..OpenOptions::new(size, 1, STAMP) };
+    let mut store = open_store(&disk, Path::new("/r"), &["head".to_owned()], options).unwrap().0;
+    store.mark_now(0..=REGIONS as u32 - 1, false).unwrap();
+    store.commit().unwrap();
+    let payload = write_payload(0, &block(1));
+    store.write_blocks(0, &payload[..8], &payload[8..], 1).unwrap();
+    disk.fill_up("map", 0);
+    // Later requests of the same batch: more chunks than the cache holds.
+    let mut data = [0; BLOCK];
+    let first_blocks = (0..REGIONS).map(|region| region * REGION / BLOCK as u64);
+    let results: Vec<bool> = first_blocks.map(|at| store.read_block(at, &mut data).is_ok()).collect();
+    assert!(results.contains(&false));
+    disk.make_room();
+    assert!(store.commit().is_err(), "the write must not be answered");
+    assert!(store.check_alive().is_err());
+    assert!(matches!(&store.take_events()[..], [StoreEvent::Failed(_)]));
+}
+
+#[test]
+fn a_sync_that_fails_while_damage_is_recorded_fails_the_store() {
+    let (disk, mut store) = fresh();
+    write(&mut store, 0, &block(0)).unwrap();
+    store.flush_now(Clean::All).unwrap();
+    drop(store);
+    disk.flip(Path::new("/r/head/map"), chunk_at(0) as usize);
+    let (mut store, _) = open(&disk, &["head"]);
+    disk.fail_syncs(Some("map"));
+    assert!(store.read_block(0, &mut [0; BLOCK]).is_err());
+    disk.fail_syncs(None);
+    assert!(store.check_alive().is_err());
+    assert!(store.take_events().iter().any(|event| matches!(event, StoreEvent::Failed(_))));
+}

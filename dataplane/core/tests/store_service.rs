@@ -3,7 +3,7 @@
 mod common;
 
 use common::{block, blocks, create, open, open_as, write_payload, Client, BLOCK, REGION, SIZE, VOLUME};
-use dolmen_core::frame::{flag, kind, status};
+use dolmen_core::frame::{flag, kind, status, Header, HEADER_BYTES};
 use dolmen_core::replica::error::ErrorKind;
 use dolmen_core::replica::format::Stamp;
 use dolmen_core::replica::handle::Event;
@@ -349,4 +349,128 @@ fn a_new_data_session_ends_the_earlier_one() {
     assert_eq!(second.write(0, &block(1)), status::OK);
     assert_eq!(first.socket.read(&mut [0]).unwrap(), 0);
     assert_eq!(peer.read(0, 4096).1, block(1));
+}
+
+#[test]
+fn a_repeated_claim_ends_the_data_session_of_its_own_epoch() {
+    use std::io::Read;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut left_over = Client::attach(&service, 1, Role::Data);
+    let mut peer = Client::attach(&service, 1, Role::Peer);
+    assert_eq!(left_over.write(0, &block(1)), status::OK);
+    service.set_epoch(VOLUME, 1).unwrap();
+    service.begin_resync(VOLUME, &[0]).unwrap();
+    let mut next = [0; 1];
+    assert!(!matches!(left_over.socket.read(&mut next), Ok(1..)), "nothing is applied or answered any more");
+    assert_eq!(peer.read(0, 4096).1, block(1), "who only reads goes on");
+    let mut new = Client::attach(&service, 1, Role::Data);
+    assert_eq!(new.write(0, &block(2)), status::OK);
+}
+
+/// Answers one request of a puller.
+fn answer(source: &mut std::os::unix::net::UnixStream, request: &Header, payload: &[u8]) {
+    use std::io::Write;
+    let mut reply = request.reply(status::OK);
+    reply.payload_bytes = payload.len() as u32;
+    source.write_all(&reply.encode()).unwrap();
+    source.write_all(payload).unwrap();
+}
+
+fn asked(source: &mut std::os::unix::net::UnixStream) -> Header {
+    use std::io::Read;
+    let mut bytes = [0; HEADER_BYTES];
+    source.read_exact(&mut bytes).unwrap();
+    Header::decode(&bytes).unwrap()
+}
+
+/// A source whose block 0 is `tag`, and which has been asked for it.
+fn asked_for_block_0(source: &mut std::os::unix::net::UnixStream, tag: u64) -> Header {
+    let summary = asked(source);
+    let mut entries = write_payload(0, &block(tag))[..8].to_vec();
+    entries.resize(REGION as usize / BLOCK * 8, 0);
+    answer(source, &summary, &entries);
+    asked(source)
+}
+
+#[test]
+fn a_pull_of_an_earlier_resync_writes_nothing_more() {
+    type Begin = fn(&ReplicaService);
+    let claims: Begin = |service| service.set_epoch(VOLUME, 1).unwrap();
+    let begins: Begin = |service| service.begin_resync(VOLUME, &[0]).unwrap();
+    let ends: Begin = |service| service.end_resync(VOLUME).unwrap();
+    for change in [claims, begins, ends] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("r");
+        let service = ReplicaService::new().unwrap();
+        create(&service, &path);
+        open(&service, &path, 1);
+        service.begin_resync(VOLUME, &[0]).unwrap();
+        let (mut source, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            let service = &service;
+            let pull = scope.spawn(move || service.pull_regions(VOLUME, theirs.into(), 1, &[0]));
+            let read = asked_for_block_0(&mut source, 1);
+            change(service);
+            let mut client = Client::attach(service, 1, Role::Data);
+            assert_eq!(client.write(0, &block(2)), status::OK);
+            // The write is known as fresh only if it is one of the resync that goes on.
+            service.begin_resync(VOLUME, &[0]).unwrap();
+            answer(&mut source, &read, &write_payload(0, &block(1)));
+            assert_eq!(pull.join().unwrap().unwrap_err().kind, ErrorKind::Closed);
+            assert_eq!(client.read(0, 4096).1, block(2));
+        });
+    }
+}
+
+#[test]
+fn floods_of_damage_drown_no_other_event() {
+    use std::os::unix::fs::FileExt;
+    const MIB: usize = 1 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut client = Client::attach(&service, 1, Role::Data);
+    for at in 0..17 {
+        assert_eq!(client.write((at * MIB) as u64, &blocks(1..257)), status::OK);
+    }
+    let mut gone = Client::attach(&service, 1, Role::Peer);
+    gone.socket.shutdown(std::net::Shutdown::Write).unwrap();
+    assert!(!matches!(std::io::Read::read(&mut gone.socket, &mut [0]), Ok(1..)));
+    let file = std::fs::OpenOptions::new().write(true).open(path.join("head/data")).unwrap();
+    file.write_all_at(&vec![0; 17 * MIB], 0).unwrap();
+    for at in (0..17).chain(0..17) {
+        client.read((at * MIB) as u64, MIB as u32);
+    }
+    let events = service.poll_events();
+    assert!(events.iter().any(|event| matches!(event, Event::SessionClosed { .. })));
+    let damaged = events.iter().filter(|event| matches!(event, Event::BlockDamaged { .. })).count();
+    assert_eq!(damaged, 4096, "each once, up to the limit");
+    let stats: std::collections::HashMap<_, _> = service.stats(VOLUME).unwrap().into_iter().collect();
+    assert_eq!(stats["damage_events_dropped"], 2 * 256);
+    client.read(0, 4096);
+    assert!(matches!(&service.poll_events()[..], [Event::BlockDamaged { block_index: 0, .. }]));
+}
+
+#[test]
+fn equal_bytes_have_equal_digests_however_they_came_to_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let service = ReplicaService::new().unwrap();
+    for volume in ["a", "b"] {
+        let path = dir.path().join(volume);
+        create(&service, &path);
+        open_as(&service, volume, &path, 1);
+    }
+    let mut written = Client::attach_to(&service, "a", 1, Role::Data);
+    assert_eq!(written.write(0, &[vec![0; BLOCK], block(1), vec![0; BLOCK]].concat()), status::OK);
+    let mut zeroed = Client::attach_to(&service, "b", 1, Role::Data);
+    assert_eq!(zeroed.write(4096, &block(1)), status::OK);
+    assert_eq!(zeroed.zero(0, 4096), status::OK);
+    let digests = ["a", "b"].map(|volume| service.verify(volume, 0, 16).unwrap().digest);
+    assert_eq!(digests[0], digests[1]);
 }

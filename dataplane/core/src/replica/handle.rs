@@ -4,7 +4,7 @@
 //! Locks: a store's lock is held for one batch of requests, never while a file is synced. The inbox and
 //! the queues have locks of their own, taken last and held for a push or a pop.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,8 +25,9 @@ use super::store::{Store, StoreEvent};
 
 pub type RealFile = <RealDisk as Disk>::File;
 
-/// Events kept for Python; past it the oldest go. A reader that is this far behind asks for states anyway.
-const EVENTS_MAX: usize = 4096;
+/// Damaged blocks that wait to be told to Python; more are only counted. Other events are never dropped:
+/// sessions and stores, which Python makes, bound them.
+const DAMAGE_EVENTS_MAX: usize = 4096;
 
 /// Who waits for a flush.
 pub enum Waiter {
@@ -55,6 +56,8 @@ pub struct StoreHandle {
     guarded: Mutex<Guarded>,
     /// Marks became durable, or the store failed.
     changed: Condvar,
+    /// Held by whoever grows the files, syncs included. Taken before the store's lock.
+    pub growing: Mutex<()>,
 }
 
 impl StoreHandle {
@@ -75,6 +78,7 @@ impl StoreHandle {
                 sessions: 0,
             }),
             changed: Condvar::new(),
+            growing: Mutex::new(()),
         }
     }
 
@@ -137,7 +141,7 @@ pub type FrameId = (u64, u64);
 /// To the loop.
 pub enum Message {
     Attach(NewSession),
-    /// Close sessions of this store whose epoch is older.
+    /// Close sessions of this store whose epoch is older, and data sessions of this very epoch.
     Fence {
         key: u64,
         epoch: u64,
@@ -242,11 +246,18 @@ impl<T> Queue<T> {
     }
 }
 
+#[derive(Default)]
+struct Events {
+    waiting: VecDeque<Event>,
+    /// Of those, the damaged blocks, by store key.
+    damaged: HashSet<(u64, u64)>,
+}
+
 pub struct Shared {
     started: Instant,
     inbox: Mutex<Vec<Message>>,
     wake: OwnedFd,
-    events: Mutex<VecDeque<Event>>,
+    events: Mutex<Events>,
     event_fd: OwnedFd,
     pub marks: Queue<Arc<StoreHandle>>,
     pub flushes: Queue<FlushJob>,
@@ -262,7 +273,7 @@ impl Shared {
             started: Instant::now(),
             inbox: Mutex::new(Vec::new()),
             wake: eventfd(0, flags)?,
-            events: Mutex::new(VecDeque::new()),
+            events: Mutex::new(Events::default()),
             event_fd: eventfd(0, flags)?,
             marks: Queue::default(),
             flushes: Queue::default(),
@@ -303,18 +314,32 @@ impl Shared {
     }
 
     pub fn push_event(&self, event: Event) {
-        let mut events = self.events.lock().expect("events");
-        if events.len() == EVENTS_MAX {
-            events.pop_front();
-        }
-        events.push_back(event);
+        self.events.lock().expect("events").waiting.push_back(event);
         let _ = rustix::io::write(&self.event_fd, &1u64.to_ne_bytes());
+    }
+
+    /// A block that Python is yet to hear of is told once. Returns false when there are too many already.
+    fn push_damaged(&self, handle: &StoreHandle, block_index: u64) -> bool {
+        {
+            let mut events = self.events.lock().expect("events");
+            let block = (handle.key, block_index);
+            if events.damaged.contains(&block) {
+                return true;
+            }
+            if events.damaged.len() >= DAMAGE_EVENTS_MAX {
+                return false;
+            }
+            events.damaged.insert(block);
+        }
+        self.push_event(Event::BlockDamaged { volume_id: handle.volume_id.clone(), block_index });
+        true
     }
 
     pub fn poll_events(&self) -> Vec<Event> {
         let mut events = self.events.lock().expect("events");
         let _ = rustix::io::read(&self.event_fd, &mut [0u8; 8]);
-        events.drain(..).collect()
+        events.damaged.clear();
+        events.waiting.drain(..).collect()
     }
 
     /// Hands a store's news on: events to Python, marks and flushes to their threads.
@@ -329,11 +354,16 @@ impl Shared {
         }
         if guarded.store.has_events() {
             for event in guarded.store.take_events() {
-                let volume_id = handle.volume_id.clone();
-                self.push_event(match event {
-                    StoreEvent::Failed(reason) => Event::StoreFailed { volume_id, reason },
-                    StoreEvent::BlockDamaged(block_index) => Event::BlockDamaged { volume_id, block_index },
-                });
+                match event {
+                    StoreEvent::Failed(reason) => {
+                        self.push_event(Event::StoreFailed { volume_id: handle.volume_id.clone(), reason });
+                    }
+                    StoreEvent::BlockDamaged(block) => {
+                        if !self.push_damaged(handle, block) {
+                            guarded.store.counters.damage_events_dropped += 1;
+                        }
+                    }
+                }
             }
         }
     }

@@ -145,6 +145,11 @@ impl<F: BlockFile> BlockMap<F> {
         Some(place)
     }
 
+    /// Does the next `load` take another chunk's place? Then everything must be committed before it.
+    pub fn must_evict(&self) -> bool {
+        self.chunks.len() >= self.capacity
+    }
+
     /// Brings a region's chunk into the cache. A fault is repaired in memory and, for a writable
     /// layer, in the file; the caller marks the region dirty.
     pub fn load(&mut self, region: u32, trust: Trust) -> io::Result<(usize, Option<Fault>)> {
@@ -171,7 +176,7 @@ impl<F: BlockFile> BlockMap<F> {
             // Unknown means not stable: the next flush settles it.
             RegionHeader::Never | RegionHeader::Damaged => [0; BIT_WORDS],
         };
-        let place = self.insert(Chunk { region, referenced: true, stable, entries })?;
+        let place = self.insert(Chunk { region, referenced: true, stable, entries });
         if fault == Some(Fault::ChunkDamaged) {
             self.chunks[place].entries.fill(ENTRY_DAMAGED);
             if trust != Trust::Sealed {
@@ -187,21 +192,20 @@ impl<F: BlockFile> BlockMap<F> {
         Ok(if count < bytes.len() { RegionHeader::Damaged } else { RegionHeader::decode(region, &bytes) })
     }
 
-    fn insert(&mut self, chunk: Chunk) -> io::Result<usize> {
+    fn insert(&mut self, chunk: Chunk) -> usize {
         let region = chunk.region;
         let place = if self.chunks.len() < self.capacity {
             self.chunks.push(chunk);
             self.chunks.len() - 1
         } else {
+            assert!(self.pending.is_empty(), "a chunk was evicted before it was committed");
             let place = self.pick_victim();
-            // Its entries may not be in the file yet.
-            self.commit()?;
             self.places.remove(&self.chunks[place].region);
             self.chunks[place] = chunk;
             place
         };
         self.places.insert(region, place);
-        Ok(place)
+        place
     }
 
     /// Second chance: the first chunk nobody touched since the hand last passed.

@@ -19,8 +19,9 @@ use crate::limits::{BLOCK_BYTES, FRAME_DATA_BYTES_MAX, REGION_BLOCKS, REGION_BYT
 
 use super::error::{ErrorKind, Result, StoreError};
 use super::format::bit;
-use super::handle::{Shared, StoreHandle};
+use super::handle::{RealFile, Shared, StoreHandle};
 use super::read::Plan;
+use super::store::Store;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// A source that says nothing for this long is given up; the caller tries another.
@@ -59,6 +60,8 @@ struct Puller<'a> {
     shared: &'a Shared,
     handle: &'a Arc<StoreHandle>,
     epoch: u64,
+    /// The store's when this pull began.
+    generation: u64,
     size_bytes: u64,
     source: Source,
     asked: HashMap<u64, Asked>,
@@ -75,11 +78,15 @@ pub fn pull_regions(
     epoch: u64,
     regions: &[u32],
 ) -> Result<Pulled> {
-    let size_bytes = handle.lock(shared).store.size_bytes();
+    let (size_bytes, generation) = {
+        let guarded = handle.lock(shared);
+        (guarded.store.size_bytes(), guarded.store.resync_generation())
+    };
     let mut puller = Puller {
         shared,
         handle,
         epoch,
+        generation,
         size_bytes,
         source: Source { fd, epoch, next_id: 1, input: vec![0; 256 * 1024], start: 0, end: 0 },
         asked: HashMap::new(),
@@ -141,11 +148,17 @@ impl Puller<'_> {
         }
     }
 
-    fn check_epoch(&self, current: u64) -> Result<()> {
-        if current == self.epoch {
-            return Ok(());
+    /// With the store locked, before anything is changed: does this pull still serve the resync that it was
+    /// begun for? What an earlier one has read may be older than what was written since.
+    fn check_current(&self, store: &Store<RealFile>) -> Result<()> {
+        if store.epoch() != self.epoch {
+            let why = format!("epoch {} was claimed here", store.epoch());
+            return Err(StoreError::new(ErrorKind::StaleEpoch, why));
         }
-        Err(StoreError::new(ErrorKind::StaleEpoch, format!("epoch {} was claimed here", current)))
+        if store.resync_generation() != self.generation {
+            return Err(StoreError::new(ErrorKind::Closed, "the resync that this pull belongs to is over"));
+        }
+        Ok(())
     }
 
     /// Zeroes what must be zero, and lists what must be read.
@@ -160,7 +173,7 @@ impl Puller<'_> {
             .map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")))
             .collect();
         let mut guarded = self.handle.ensure_marked(self.shared, region..=region, true)?;
-        self.check_epoch(guarded.store.epoch())?;
+        self.check_current(&guarded.store)?;
         let fresh = guarded.store.fresh_blocks(region);
         let mut plan = Plan::default();
         guarded.store.locate(first_block, count, &mut plan)?;
@@ -199,8 +212,7 @@ impl Puller<'_> {
             }
         }
         self.open.insert(region, state);
-        self.close_if_done(region);
-        Ok(())
+        self.close_if_done(region)
     }
 
     /// Verifies what was read and writes it.
@@ -225,7 +237,7 @@ impl Puller<'_> {
             }
         }
         let mut guarded = self.handle.ensure_marked(self.shared, region..=region, true)?;
-        self.check_epoch(guarded.store.epoch())?;
+        self.check_current(&guarded.store)?;
         let mut at = 0;
         let mut data_at = 0;
         let mut copied = 0;
@@ -259,20 +271,23 @@ impl Puller<'_> {
         let state = self.open.get_mut(&region).expect("a region that is read is open");
         state.reads_left -= 1;
         state.unreadable |= unreadable > 0;
-        self.close_if_done(region);
-        Ok(())
+        self.close_if_done(region)
     }
 
     /// A region with unreadable blocks stays in the set: another source may have them, and then it must
     /// still be known which blocks are fresh.
-    fn close_if_done(&mut self, region: u32) {
+    fn close_if_done(&mut self, region: u32) -> Result<()> {
         if self.open.get(&region).is_some_and(|state| state.reads_left == 0) {
             let state = self.open.remove(&region).expect("it is there");
             if !state.unreadable {
-                self.handle.lock(self.shared).store.resync_done(region);
+                let mut guarded = self.handle.lock(self.shared);
+                self.check_current(&guarded.store)?;
+                guarded.store.resync_done(region);
+                drop(guarded);
                 self.pulled.regions += 1;
             }
         }
+        Ok(())
     }
 }
 

@@ -127,10 +127,14 @@ impl ServerLoop {
         }
     }
 
+    /// Data sessions of `epoch` itself end too: the engine claims before it connects, so they are left over
+    /// from before the claim, and a late frame of one would count as a live write in the resync that follows.
     fn fence(&mut self, key: u64, epoch: u64, reason: &str) {
-        let older = |session: &Session| session.handle.key == key && session.epoch < epoch;
+        let ends = |session: &Session| {
+            session.handle.key == key && (session.epoch < epoch || (session.epoch == epoch && !session.peer))
+        };
         let ids: Vec<u64> =
-            self.sessions.values().filter(|session| older(session)).map(|session| session.id).collect();
+            self.sessions.values().filter(|session| ends(session)).map(|session| session.id).collect();
         for id in ids {
             self.close(id, reason);
         }
@@ -149,12 +153,13 @@ impl ServerLoop {
     fn end(&self, session: &Session, reason: &str) {
         session.handle.lock(&self.shared).sessions -= 1;
         let _ = epoll::delete(&self.epoll, &session.fd);
-        let _ = rustix::net::shutdown(&session.fd, rustix::net::Shutdown::Both);
+        // Before the peer can know: whoever saw the end finds the event.
         self.shared.push_event(Event::SessionClosed {
             volume_id: session.handle.volume_id.clone(),
             session_id: session.id,
             reason: reason.to_owned(),
         });
+        let _ = rustix::net::shutdown(&session.fd, rustix::net::Shutdown::Both);
     }
 
     /// One turn of one session.

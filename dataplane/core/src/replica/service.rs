@@ -108,8 +108,8 @@ impl ReplicaService {
         Ok(opened)
     }
 
-    /// Closes sessions of the store that are older than `epoch`, and returns when none of them can send
-    /// any more.
+    /// Closes sessions of the store that are older than `epoch`, and data sessions of `epoch` itself.
+    /// Returns when none of their frames can be applied or answered any more, held ones included.
     fn fence(&self, handle: &StoreHandle, epoch: u64, reason: &'static str) -> Result<()> {
         let (done, wait) = mpsc::channel();
         self.shared.send(Message::Fence { key: handle.key, epoch, reason, done });
@@ -142,7 +142,7 @@ impl ReplicaService {
             let why = format!("epoch {epoch} is older than {current}");
             return Err(StoreError::new(ErrorKind::StaleEpoch, why));
         }
-        self.fence(&handle, epoch, "a newer epoch was claimed")
+        self.fence(&handle, epoch, "the epoch was claimed")
     }
 
     pub fn set_stamp(&self, volume_id: &str, stamp: Stamp) -> Result<()> {
@@ -242,8 +242,8 @@ impl ReplicaService {
     pub fn resize(&self, volume_id: &str, size_bytes: u64) -> Result<()> {
         let handle = self.store(volume_id)?;
         recovery::check_size(size_bytes)?;
-        // The table's lock keeps two resizes apart; the store's is free while files are synced.
-        let _stores = self.stores.lock().expect("stores");
+        // Keeps two resizes apart; other stores, and this one's lock, are free while files are synced.
+        let _growing = handle.growing.lock().expect("a thread died while it grew a store");
         let current = handle.lock(&self.shared).store.size_bytes();
         if size_bytes < current {
             let why = format!("{size_bytes} bytes are fewer than {current}; a volume only grows");
@@ -275,6 +275,7 @@ impl ReplicaService {
             ("checksum_errors", counters.checksum_errors),
             ("repairs", counters.repairs),
             ("regions_damaged", counters.regions_damaged),
+            ("damage_events_dropped", counters.damage_events_dropped),
             ("dirty_regions", guarded.store.log().dirty().len() as u64),
             ("blocks_present", allocated / crate::limits::BLOCK_BYTES),
             ("allocated_bytes", allocated),

@@ -21,7 +21,7 @@ use super::regions::RegionLog;
 
 /// Regions marked ahead of a sequential writer: 32 MiB, what a fast writer fills while a mark is synced.
 pub const MARK_AHEAD_REGIONS: u32 = 8;
-/// Events kept until somebody takes them; later ones of the same kind are dropped.
+/// Events kept until somebody takes them; damaged blocks past it are only counted.
 const EVENTS_MAX: usize = 1024;
 
 pub struct Layer<F> {
@@ -46,6 +46,7 @@ pub struct Counters {
     pub checksum_errors: u64,
     pub repairs: u64,
     pub regions_damaged: u64,
+    pub damage_events_dropped: u64,
 }
 
 pub struct Store<F> {
@@ -57,6 +58,8 @@ pub struct Store<F> {
     /// Every request of this epoch up to here is answered by all in-sync replicas.
     pub(super) completed_id: u64,
     pub(super) failed: Option<String>,
+    /// Entries were lost before the end of their batch: what `commit` will answer.
+    pub(super) lost_entries: Option<StoreError>,
     /// Blocks whose entry is newer than the last flush and not stable yet.
     pub(super) unstable: RegionMap<Bits>,
     pub(super) data_unsynced: bool,
@@ -64,6 +67,8 @@ pub struct Store<F> {
     pub(super) flushed_seq: u64,
     /// Regions being resynced: which of their blocks live writes have made fresh.
     pub(super) resync: RegionMap<Bits>,
+    /// Changes with every claim and every begin and end of a resync: a pull that began before may not write.
+    pub(super) resync_generation: u64,
     pub(super) now_ms: u64,
     pub counters: Counters,
     pub(super) events: Vec<StoreEvent>,
@@ -177,6 +182,8 @@ impl<F: BlockFile> Store<F> {
         self.counters.checksum_errors += 1;
         if self.events.len() < EVENTS_MAX {
             self.events.push(StoreEvent::BlockDamaged(block));
+        } else {
+            self.counters.damage_events_dropped += 1;
         }
     }
 
@@ -185,12 +192,17 @@ impl<F: BlockFile> Store<F> {
         if let Some(place) = self.layers[layer].map.find(region) {
             return Ok(place);
         }
-        self.load_chunk(layer, region).map_err(|error| StoreError::from_io("reading the map", &error))
+        self.load_chunk(layer, region)
     }
 
-    fn load_chunk(&mut self, layer: usize, region: u32) -> io::Result<usize> {
-        let trust = if layer == 0 { self.log.trust(region)? } else { Trust::Sealed };
-        let (place, fault) = self.layers[layer].map.load(region, trust)?;
+    fn load_chunk(&mut self, layer: usize, region: u32) -> Result<usize> {
+        let wrap = |error: io::Error| StoreError::from_io("reading the map", &error);
+        if self.layers[layer].map.must_evict() {
+            // The chunk that goes may have entries that the file does not hold yet.
+            self.commit_early()?;
+        }
+        let trust = if layer == 0 { self.log.trust(region).map_err(wrap)? } else { Trust::Sealed };
+        let (place, fault) = self.layers[layer].map.load(region, trust).map_err(wrap)?;
         let Some(fault) = fault else { return Ok(place) };
         if fault == Fault::ChunkDamaged {
             self.counters.regions_damaged += 1;
@@ -199,9 +211,12 @@ impl<F: BlockFile> Store<F> {
         if layer == 0 {
             // Once the region is dirty nobody checks the chunk again: the damaged entries must be
             // durable before the mark can be.
-            self.layers[0].map.commit()?;
-            self.layers[0].map.file().sync_data()?;
-            self.log.begin_mark(region, true)?;
+            self.commit_early()?;
+            let result = self.layers[0].map.file().sync_data();
+            self.synced("map", result)?;
+            self.log
+                .begin_mark(region, true)
+                .map_err(|error| StoreError::from_io("marking a region", &error))?;
         }
         Ok(place)
     }
@@ -272,6 +287,22 @@ impl<F: BlockFile> Store<F> {
     /// Everything written so far is in the page cache when this returns, entries included: call it
     /// before anything is answered. A failure fails the store.
     pub fn commit(&mut self) -> Result<()> {
+        let lost = self.lost_entries.take();
+        self.write_entries()?;
+        lost.map_or(Ok(()), Err)
+    }
+
+    /// Within a batch. If it fails, so will the batch's `commit`: requests before this one must not be
+    /// answered as done either.
+    fn commit_early(&mut self) -> Result<()> {
+        let result = self.write_entries();
+        if let Err(error) = &result {
+            self.lost_entries = Some(error.clone());
+        }
+        result
+    }
+
+    fn write_entries(&mut self) -> Result<()> {
         self.layers[0].map.commit().map_err(|error| {
             self.fail(&format!("writing the map: {error}"));
             StoreError::from_io("writing the map", &error)
@@ -283,6 +314,7 @@ impl<F: BlockFile> Store<F> {
         if epoch < self.epoch {
             return false;
         }
+        self.resync_generation += 1;
         if epoch > self.epoch {
             self.epoch = epoch;
             self.completed_id = 0;
@@ -309,6 +341,7 @@ impl<F: BlockFile> Store<F> {
 
     /// Begins remembering fresh blocks. The caller has marked the regions.
     pub fn track_fresh(&mut self, regions: &[u32]) {
+        self.resync_generation += 1;
         self.resync = regions.iter().map(|region| (*region, Bits::default())).collect();
         for region in regions {
             self.log.hold(*region);
@@ -323,7 +356,12 @@ impl<F: BlockFile> Store<F> {
         self.resync.remove(&region);
     }
 
+    pub fn resync_generation(&self) -> u64 {
+        self.resync_generation
+    }
+
     pub fn end_resync(&mut self) {
+        self.resync_generation += 1;
         self.resync = RegionMap::default();
     }
 
