@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,6 @@ DOWN_TIMEOUT_S = 90.0
 POLL_S = 0.02
 STOP_POLL_S = 0.2
 EXIT_ALREADY_RUNNING = 5
-LOG_LINES = 5
 
 
 @user_errors
@@ -48,6 +48,8 @@ def up(
         return
     wait_ready(client, daemon)
     _show_up(client, output, already=daemon is None)
+    if daemon is None and len(client.nodes()) < nodes:
+        note(f"for {nodes} nodes: `dolmen down`, then `dolmen up --nodes {nodes}`")
 
 
 def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[bytes] | None:
@@ -84,11 +86,7 @@ def wait_ready(client: Client, daemon: subprocess.Popen[bytes] | None) -> None:
             health = client.health()
         except DaemonUnreachable:
             if daemon is not None and daemon.poll() not in (None, EXIT_ALREADY_RUNNING):
-                lines = log_end(client.layout.daemon_log)
-                fail(
-                    "the daemon ended: " + (lines[-1] if lines else ""),
-                    f"the rest is in {client.layout.daemon_log}",
-                )
+                fail(*_why_it_ended(client.layout.daemon_log))
         else:
             if health["ready"]:
                 return
@@ -101,12 +99,15 @@ def wait_ready(client: Client, daemon: subprocess.Popen[bytes] | None) -> None:
     )
 
 
-def log_end(path: Path) -> list[str]:
+def _why_it_ended(log: Path) -> tuple[str, str]:
+    """What went wrong and what to do, from the daemon's last words."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = log.read_text(errors="replace").splitlines()
     except OSError:
-        return []
-    return lines[-LOG_LINES:]
+        lines = []
+    last = lines[-1] if lines else "it wrote nothing"
+    reason = re.search(r'reason="((?:[^"\\]|\\.)*)"', last)
+    return f"the daemon ended: {reason[1] if reason else last}", f"its log has more: {log}"
 
 
 def _show_up(client: Client, output: Output, *, already: bool) -> None:

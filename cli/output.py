@@ -114,13 +114,18 @@ def note(text: str) -> None:
 def show_conditions(conditions: Iterable[dict[str, Any]], *, indent: str = "") -> None:
     for condition in conditions:
         who = " (an operator must act)" if condition["who"] == "operator" else ""
-        print(f"{indent}waits for {condition['waits_for']}, since {condition['since']}{who}")
+        since = f", since {condition['since']}" if condition["since"] else ""
+        print(f"{indent}waits for {condition['waits_for']}{since}{who}")
+
+
+def waiting_texts(view: dict[str, Any]) -> list[str]:
+    """What the engine of a volume says it waits for."""
+    waiting = (view.get("engine") or {}).get("waiting_for") or []
+    return [" ".join(f"{key} {value}" for key, value in item.items()) for item in waiting]
 
 
 def fail_unfinished(what: str, view: dict[str, Any]) -> NoReturn:
     """The goal is written down and being worked on, but not reached yet."""
-    conditions = view.get("conditions") or []
-    waiting = view.get("engine") and view["engine"].get("waiting_for")
-    reasons = [condition["waits_for"] for condition in conditions] or ([str(waiting)] if waiting else [])
+    reasons = [condition["waits_for"] for condition in view["conditions"]] + waiting_texts(view)
     next_step = f"`dolmen volume show {view['name']}` shows how far it is; repeating the command is harmless"
     fail(f"{what}: waits for {'; '.join(reasons) or 'its engine'}", next_step, Exit.UNFINISHED)

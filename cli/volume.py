@@ -17,6 +17,7 @@ from cli.output import (
     show_json,
     show_table,
     user_errors,
+    waiting_texts,
 )
 from control.client import Client, default_dir
 from control.sizes import format_size, parse_size
@@ -116,6 +117,8 @@ def show_volume(view: dict[str, Any]) -> None:
     print()
     show_replicas(view["replicas"])
     show_conditions(view["conditions"])
+    for text in waiting_texts(view):
+        print(f"I/O waits for {text}")
 
 
 def show_replicas(replicas: list[dict[str, Any]]) -> None:

@@ -26,7 +26,7 @@ from aiohttp import web
 from control.errors import NoSuchRoute, RequestTooLarge
 from control.http_input import BODY_BYTES_MAX, parse_body, parse_query
 from control.http_status import http_status
-from control.listeners import LOOPBACK, choose_port, listen_tcp, listen_unix
+from control.listeners import LOOPBACK, listen_tcp, listen_unix
 from control.metrics import render
 from control.openapi import openapi
 from control.routes import PLAIN_ROUTES, ROUTES, Request, Route, System
@@ -135,7 +135,7 @@ async def _authentication(request: web.Request, handler: Answer) -> web.StreamRe
 
 @asynccontextmanager
 async def serve_api(app: web.Application, *, socket_path: Path, port: int) -> AsyncIterator[str]:
-    """Listen until the block ends. Gives the TCP address. ``port`` 0: a free one."""
+    """Listen until the block ends. Gives the TCP address."""
     runner = web.AppRunner(
         app, access_log=None, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=SHUTDOWN_GRACE_S
     )
@@ -157,7 +157,7 @@ async def serve_api(app: web.Application, *, socket_path: Path, port: int) -> As
         loop.call_later(HEADER_DEADLINE_S, _close_silent, app, protocol)
         return protocol
 
-    listener = listen_tcp(port or choose_port(str(socket_path)), seed=str(socket_path))
+    listener = listen_tcp(port)
     address = f"{LOOPBACK}:{listener.getsockname()[1]}"
     servers = [
         await loop.create_unix_server(partial(accept, unix=True), sock=listen_unix(socket_path)),

@@ -33,6 +33,7 @@ from control.model import (
     Attachment,
     AttachmentSpec,
     DiskSpec,
+    Node,
     NodeSpec,
     NodeStatus,
     NodeWanted,
@@ -299,7 +300,9 @@ class Cluster:
                 return document.with_spec(**dump(wanted))
 
             await update(self.store, KIND_ATTACHMENT, name, change)
-            if force and name in self._controllers:
+            if force and name in self.slots:
+                # The controller may be waiting for a clean detach that cannot end; this ends it.
+                await self.slots[name].end()
                 self._controllers[name].retry_now()
         return await self._view_when(
             name, lambda v: v.state not in SERVING | {VolumeState.DETACHING, VolumeState.ATTACHING}, wait_s
@@ -391,6 +394,12 @@ class Cluster:
         """Operations on one volume write one after the other: two documents are involved."""
         return self._locks.setdefault(name, asyncio.Lock())
 
+    async def taken_ports(self) -> frozenset[int]:
+        """Ports that processes of this cluster will want again, though nobody may listen there now."""
+        nodes = [Node(document).status.port for document in await self.store.list(KIND_NODE)]
+        attachments = await self.store.list(KIND_ATTACHMENT)
+        return frozenset(nodes) | {Attachment(document).status.tcp_port for document in attachments}
+
     def _refuse_if_closing(self) -> None:
         if self._closing:
             raise ShuttingDown()
@@ -419,6 +428,8 @@ class Cluster:
         supervisor.next_stop_kills = kill  # before the document changes: it is acted upon at once
         await update(self.store, KIND_NODE, name, lambda d: d.with_spec(wanted=wanted.value))
         supervisor.wake()
+        if kill and wanted is NodeWanted.STOPPED:
+            supervisor.kill_now()  # also when a clean stop is under way
         goal = NodeState.UP if wanted is NodeWanted.RUNNING else NodeState.STOPPED
         deadline_s = self._now() + wait_s
         interval_s = POLL_FIRST_S

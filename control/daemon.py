@@ -32,7 +32,7 @@ from control.cluster import Cluster
 from control.engine_rpc import EngineCalls, serve_engines
 from control.jobs import Jobs
 from control.layout import Layout, make_secret, prepare_runtime_dir, read_daemon_json, write_private
-from control.listeners import is_free
+from control.listeners import choose_port, is_free
 from control.model import NODES_MAX
 from control.processes import Programs
 from control.routes import System
@@ -80,6 +80,7 @@ class Daemon:
                 await cluster.start(self._node_count)
                 app = make_app(system, token=token)
                 port = self._port or _last_port(layout)
+                port = port or choose_port(str(layout.dir), await cluster.taken_ports())
                 async with serve_api(app, socket_path=layout.daemon_socket, port=port) as address:
                     system.tcp_address = address
                     self._announce(address)

@@ -177,7 +177,7 @@ class EngineSlot:
                 prepare_runtime_dir(path.parent)
             self._sockets["unix"] = listen_unix(path)
         if tcp_port and "tcp" not in self._sockets:
-            self._sockets["tcp"] = listen_tcp(tcp_port, seed=self.name)
+            self._sockets["tcp"] = listen_tcp(tcp_port)
 
     def _hold(self, process: Process, *, epoch: int | None, size_bytes: int | None) -> None:
         self._process = process
@@ -213,7 +213,7 @@ class EngineSlot:
             interval_s = min(interval_s * 1.2, HELLO_INTERVAL_MAX_S)
 
     def heard(self) -> None:
-        self._answering = True
+        self._answering, self.last_end = True, ""
         self._answered_at_s = self._now()
 
     def grown(self, size_bytes: int) -> None:

@@ -80,6 +80,7 @@ class Nodes(Protocol):
         ...
 
     def port(self, node: str) -> int: ...
+    async def taken_ports(self) -> frozenset[int]: ...
 
 
 @dataclass(slots=True)
@@ -313,7 +314,9 @@ class VolumeController:
         """The port of the volume's TCP socket, chosen once; 0 when none is wanted."""
         if not attachment.spec.tcp or attachment.status.tcp_port:
             return attachment.status.tcp_port
-        status = AttachmentStatus(tcp_port=choose_port(attachment.spec.volume_id))
+        status = AttachmentStatus(
+            tcp_port=choose_port(attachment.spec.volume_id, await self._nodes.taken_ports())
+        )
         await update(self._store, KIND_ATTACHMENT, self.name, lambda d: d.with_status(**dump(status)))
         return status.tcp_port
 

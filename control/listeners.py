@@ -46,10 +46,8 @@ def listen_unix(path: Path) -> socket.socket:
     return sock
 
 
-def listen_tcp(port: int, *, seed: str) -> socket.socket:
-    """A listening TCP socket on loopback, at ``port``, or at a free one if 0. Raises BadRequest."""
-    if not port:
-        port = choose_port(seed)
+def listen_tcp(port: int) -> socket.socket:
+    """A listening TCP socket on loopback. Raises BadRequest if the port is taken."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -8,7 +8,7 @@ as not answering, and nobody waits for it. Changes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +17,7 @@ from control.engines import EngineSlot
 from control.layout import Layout
 from control.links import ASK_TIMEOUT_S
 from control.listeners import LOOPBACK
-from control.model import Attachment, Volume
+from control.model import Attachment, Condition, Volume, Who
 from control.supervisor import NodeSupervisor
 from control.views import (
     SERVING,
@@ -105,8 +105,13 @@ def replica_state(
     """The state and, unless it is in sync, the reason."""
     if said_by_engine is not None:
         word, reason = said_by_engine.get("state"), str(said_by_engine.get("reason") or "")
-        unusable = said_by_server is not None and said_by_server.get("state") != "open"
-        if word in {state.value for state in ReplicaState} and not (word == "offline" and unusable):
+        if word == "offline" and said_by_server is not None:
+            # The engine has no session with it (a full disk, a damaged file), but its server answers.
+            if said_by_server.get("state") != "open":
+                return ReplicaState.STALE, str(said_by_server.get("reason") or said_by_server.get("state"))
+            if replica_id not in volume.status.record.in_sync:
+                word = ReplicaState.STALE.value
+        if word in {state.value for state in ReplicaState}:
             return ReplicaState(word), reason
     if said_by_server is None:
         return ReplicaState.OFFLINE, "its replica server does not answer"
@@ -127,7 +132,7 @@ def view_volume(
     layout: Layout,
 ) -> VolumeView:
     state = volume_state(volume, attachment, engine)
-    record = _membership(volume, engine)
+    replicas = _replica_views(volume, servers, supervisors, engine, layout)
     # While an engine restarts, connects wait in the socket's backlog: the address stays good.
     attached = attachment is not None and not attachment.spec.detaching
     reachable = state in SERVING or (attached and layout.nbd_socket(volume.name).exists())
@@ -142,10 +147,10 @@ def view_volume(
         nbd_uri=nbd_uri(layout, volume.name) if reachable else None,
         nbd_tcp_uri=nbd_tcp_uri(tcp_port, volume.name) if reachable and tcp_port else None,
         epoch=volume.status.epoch,
-        membership=record,
+        membership=_membership(volume, engine),
         engine=_engine_view(engine_pid, volume, engine),
-        replicas=_replica_views(volume, servers, supervisors, engine, layout),
-        conditions=list(volume.status.conditions),
+        replicas=replicas,
+        conditions=[*volume.status.conditions, *_replica_conditions(replicas, state, supervisors)],
     )
 
 
@@ -170,7 +175,7 @@ def _engine_view(pid: int | None, volume: Volume, engine: Mapping[str, Any] | No
         pid=pid,
         answering=engine is not None,
         clients=_count(engine.get("clients")) if engine else None,
-        waiting_for=engine.get("waiting_for") if engine else None,
+        waiting_for=_waiting_for(engine.get("waiting_for")) if engine else [],
     )
 
 
@@ -207,6 +212,28 @@ def _replica_views(
             )
         )
     return views
+
+
+def _replica_conditions(
+    replicas: Iterable[ReplicaView], state: VolumeState, supervisors: Mapping[str, NodeSupervisor]
+) -> Iterator[Condition]:
+    """Why a volume is not fully redundant: one line per replica that is not in sync."""
+    if state in (VolumeState.CREATING, VolumeState.DELETING):
+        return  # the stored conditions say what those wait for
+    for replica in replicas:
+        if replica.state is ReplicaState.IN_SYNC:
+            continue
+        what = f"replica {replica.id} on {replica.node}"
+        supervisor = supervisors.get(replica.node)
+        node = supervisor.condition if supervisor else None
+        if node is not None:
+            yield node.model_copy(update={"waits_for": f"{what}: its node waits for {node.waits_for}"})
+        elif state is VolumeState.DETACHED:
+            waits_for = f"{what} to be resynced, which happens while the volume is attached"
+            yield Condition(reason="replica_stale", waits_for=waits_for, who=Who.OPERATOR)
+        else:
+            waits_for = f"{what} to be in sync again (now {replica.state.value})"
+            yield Condition(reason=f"replica_{replica.state.value}", waits_for=waits_for, who=Who.DOLMEN)
 
 
 def _resync(said: Mapping[str, Any] | None) -> ResyncView | None:
@@ -249,6 +276,11 @@ def nbd_tcp_uri(port: int, name: str) -> str:
 
 def _int(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _waiting_for(value: Any) -> list[dict[str, str]]:
+    listed = value if isinstance(value, list) else []
+    return [{str(k): str(v) for k, v in item.items()} for item in listed if isinstance(item, dict)]
 
 
 def _count(value: Any) -> int | None:

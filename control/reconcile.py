@@ -253,8 +253,8 @@ def _serve(made: Plan, volume: Volume, seen: Seen) -> None:
     if any(place.id not in volume.status.replica_size_bytes for place in volume.spec.replicas):
         return  # _create said what it waits for
     engine, epoch = seen.engine, volume.status.epoch
+    ended = f" (the last one {seen.engine_end})" if seen.engine_end else ""
     if engine is None:
-        ended = f" (the last one {seen.engine_end})" if seen.engine_end else ""
         made.wait("engine_starting", f"the engine to start{ended}")
         if seen.engine_wait_s > 0:
             made.wake(seen.engine_wait_s)
@@ -266,7 +266,7 @@ def _serve(made: Plan, volume: Volume, seen: Seen) -> None:
         made.actions.append(EndEngine(f"it holds epoch {engine.epoch}, the newest is {epoch}"))
         made.wait("engine_stale", "an engine of an older epoch to end")
     elif not engine.answering:
-        made.wait("engine_starting", "the engine to answer")
+        made.wait("engine_starting", f"the engine to answer{ended}")
         if engine.silent_s >= ENGINE_SILENT_MAX_S:
             made.actions.append(EndEngine(f"it has not answered for {engine.silent_s:.0f} s"))
         else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -143,6 +144,10 @@ class NodeSupervisor:
     def wake(self) -> None:
         """The node's document changed."""
         self._wake.set()
+
+    def kill_now(self) -> None:
+        if self._process is not None:
+            self._process.signal(signal.SIGKILL)
 
     async def run(self) -> None:
         self._find_living()

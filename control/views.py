@@ -86,7 +86,7 @@ class EngineView(Model):
     pid: int | None
     answering: bool
     clients: int | None = None
-    waiting_for: Any = None
+    waiting_for: list[dict[str, str]] = Field(default=[], description="who must come back before I/O goes on")
 
 
 class ResyncView(Model):

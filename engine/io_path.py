@@ -61,6 +61,7 @@ class NativeIoPath:
     def __init__(self, *, size_bytes: int, epoch: int, slot_count: int) -> None:
         self._native = _dataplane.EngineLoop(size_bytes, epoch, slot_count)
         self._watched = False
+        self._diverged_seen = 0
 
     def on_events(self, deliver: Callable[[Event], None], notice: Callable[[Notice], None]) -> None:
         """Call ``deliver`` on the event loop for what the machine decides about, ``notice`` for the rest:
@@ -69,6 +70,8 @@ class NativeIoPath:
         def drain() -> None:
             for native in self._native.poll_events():
                 event = translate_event(native)
+                if isinstance(event, RegionDiverged):
+                    self._diverged_seen += 1
                 if event is not None:
                     deliver(event)
                 else:
@@ -92,7 +95,7 @@ class NativeIoPath:
                 case SetPartialWait(regions):
                     native.set_partial_wait(list(regions))
                 case RegionsEqual(regions):
-                    native.regions_equal(list(regions))
+                    native.regions_equal(list(regions), self._diverged_seen)
                 case PartialDone(regions):
                     native.partial_done(list(regions))
                 case Barrier(token):

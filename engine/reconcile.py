@@ -66,7 +66,8 @@ class Reconcile:
             self._lost.clear()
             self._settle_equal()
         if self._remaining.count == 0:
-            self._finish()
+            if self._idle():  # a pull that is still under way must not meet the next reconcile's
+                self._finish()
             return
         self._begin()
         if not self._settled and self._token == 0 and all(t.begun for t in self._targets.values()):
@@ -166,6 +167,11 @@ class Reconcile:
             self._wanted.add(region)
         for target in self._targets.values():
             target.plan.want(region)
+
+    def forget(self, region: int) -> None:
+        """A write failed everywhere in it: whatever was copied may be old. It gets a reconcile of its own."""
+        self._remaining.discard(region)
+        self._wanted.discard(region)
 
     def on_begun(self, slot: int) -> None:
         if slot in self._targets:

@@ -383,6 +383,8 @@ class Volume:
                 return
             case RegionDiverged(region):
                 self._diverged.add(region)
+                if self.reconcile is not None:
+                    self.reconcile.forget(region)
                 return
         entry = self._current(event.slot, event.session)
         if entry is None:

@@ -145,8 +145,8 @@ class ReplicaNotFound(StorageError):
 
 
 class ReplicaDamaged(StorageError):
-    """The replica at {path} cannot be opened: {reason}. It will be rebuilt from the others;
-    `dolmen replica verify` tells the state."""
+    """The replica at {path} cannot be opened: {reason}. Its files are left as they are, and the volume's
+    other replicas serve; `dolmen replica ls` tells their state."""
 
     code = "replica_damaged"
 

@@ -31,6 +31,7 @@ class Pulls:
         self._key = key
         self._server_id = server_id
         self._sockets: set[socket.socket] = set()
+        self._running: set[asyncio.Future[dict[str, int]]] = set()
 
     async def pull(
         self, volume_id: str, *, epoch: int, host: str, port: int, regions: list[int]
@@ -52,6 +53,7 @@ class Pulls:
         pulling = asyncio.ensure_future(
             self._io.pull_regions(volume_id, sock.fileno(), epoch=epoch, regions=regions)
         )
+        self._running.add(pulling)
         pulling.add_done_callback(lambda done: self._release(sock, done))
         try:
             return await asyncio.shield(pulling)
@@ -64,7 +66,15 @@ class Pulls:
         for sock in self._sockets:
             _shut_down(sock)
 
+    async def settle(self) -> None:
+        """Stop all and wait until none can write any more: a pull that was cancelled may still hold blocks
+        it has read, older than what a live write brings next."""
+        self.stop_all()
+        if self._running:
+            await asyncio.wait(self._running)
+
     def _release(self, sock: socket.socket, done: asyncio.Future[dict[str, int]]) -> None:
+        self._running.discard(done)
         self._sockets.discard(sock)
         sock.close()
         if not done.cancelled():

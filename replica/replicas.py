@@ -297,6 +297,7 @@ class Replica:
     async def begin_resync(self, *, epoch: int, regions: list[int]) -> None:
         async with self._lock:
             self._check_call(await self._ready(), epoch, regions)
+            await self._pulls.settle()
             await self._io.begin_resync(self.volume_id, regions)
 
     async def prepare_pull(self, *, epoch: int, regions: list[int]) -> None:

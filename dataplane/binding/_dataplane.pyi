@@ -144,8 +144,9 @@ class EngineLoop:
     def set_partial_wait(self, regions: list[int]) -> None:
         """Resync: only writes of part of a block wait in these regions. Replaces the set."""
 
-    def regions_equal(self, regions: list[int]) -> None:
-        """Reconcile: remove regions from both sets and let waiting requests go."""
+    def regions_equal(self, regions: list[int], diverged_seen: int) -> None:
+        """Reconcile: remove regions from both sets and let waiting requests go. ``diverged_seen``: how many
+        region_diverged events were taken from poll_events() before; a region that diverged later stays."""
 
     def partial_done(self, regions: list[int]) -> None:
         """Resync: remove regions from the set_partial_wait() set only, and let waiting requests go. A region

@@ -212,9 +212,13 @@ def test_an_engine_that_keeps_dying_is_said_with_its_log(cluster: FakeCluster) -
     cluster.client.create_volume("data", GIB, 3)
     cluster.layout.volume_dir("data").mkdir(parents=True, exist_ok=True)
     (cluster.layout.volume_dir("data") / "crash").touch()
-    view = cluster.client.attach("data", wait_s=3.0)
-    assert view["state"] == "attaching"
-    assert any("exit code 9" in c["waits_for"] and "engine.log" in c["waits_for"] for c in view["conditions"])
+    assert cluster.client.attach("data", wait_s=0.1)["state"] == "attaching"
+
+    def is_said() -> bool:
+        reasons = [condition["waits_for"] for condition in cluster.client.volume("data")["conditions"]]
+        return any("exit code 9" in reason and "engine.log" in reason for reason in reasons)
+
+    wait_until(is_said, what="the reason")
     (cluster.layout.volume_dir("data") / "crash").unlink()
     assert cluster.client.attach("data")["state"] == "healthy"
 
@@ -230,6 +234,23 @@ def test_a_detach_wanted_while_the_daemon_was_dead_half_way_is_finished(cluster:
     wait_until(lambda: accepts(cluster.layout.daemon_socket))
     wait_until(lambda: cluster.client.volume("data")["state"] == "detached")
     assert not cluster.engine_pids("data")
+
+
+def test_a_detach_that_cannot_end_is_forced(cluster: FakeCluster) -> None:
+    cluster.client.create_volume("data", GIB, 3)
+    cluster.client.attach("data")
+    (cluster.layout.volume_dir("data") / "mute").touch()  # as if it waited for replicas for ever
+    assert cluster.client.detach("data", wait_s=0.2)["state"] == "detaching"
+    assert cluster.client.detach("data", force=True)["state"] == "detached"
+    assert not cluster.engine_pids("data")
+
+
+def test_a_stopped_node_is_the_reason_why_a_volume_is_not_redundant(cluster: FakeCluster) -> None:
+    cluster.client.create_volume("data", GIB, 3)
+    cluster.client.stop_node("node2")
+    (condition,) = cluster.client.volume("data")["conditions"]
+    assert condition["reason"] == "node_stopped" and condition["who"] == "operator" and condition["since"]
+    assert "data-r2" in condition["waits_for"] and "dolmen node start node2" in condition["waits_for"]
 
 
 def test_a_verification_compares_in_sync_replicas_and_names_a_different_one(cluster: FakeCluster) -> None:

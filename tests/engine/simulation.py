@@ -203,6 +203,9 @@ class SimLoop:
         self.unequal: set[int] = set()
         self.partial_wait: set[int] = set()
         self.diverged: dict[int, int] = {}  # region -> first write that failed everywhere
+        self.diverged_at: dict[int, int] = {}  # region -> number of the last such event
+        self.diverged_count = 0
+        self.diverged_seen = 0  # events that the machine was told
         self.paused = False
         self.writes: list[Write] = []  # unfinished, in order
         self.barriers: list[tuple[int, int]] = []  # token, last write before it
@@ -279,10 +282,11 @@ class SimLoop:
             case SetPartialWait(regions):
                 self.partial_wait = set(regions)
             case RegionsEqual(regions):
-                self.unequal -= set(regions)
-                self.partial_wait -= set(regions)
                 for region in regions:
-                    self.diverged.pop(region, None)
+                    if self.diverged_at.get(region, 0) <= self.diverged_seen:
+                        self.unequal.discard(region)
+                        self.partial_wait.discard(region)
+                        self.diverged.pop(region, None)
             case Barrier(token):
                 self.barriers.append((token, self.last_id))
             case Pause(paused):
@@ -335,6 +339,8 @@ class Cluster:
 
     def tell(self, event: Event) -> None:
         """One step of the machine; its immediate actions are done, its calls are put under way."""
+        if isinstance(event, RegionDiverged):
+            self.loop.diverged_seen += 1
         for action in self.volume.step(event):
             match action:
                 case Log():
@@ -459,6 +465,8 @@ class Cluster:
                 self.replicas[slot].mark(region)
         loop.unequal.add(region)
         loop.diverged.setdefault(region, write_id)
+        loop.diverged_count += 1
+        loop.diverged_at[region] = loop.diverged_count
         self.inbox.append(RegionDiverged(region))
 
     def want(self, region: int) -> None:

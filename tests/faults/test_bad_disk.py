@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +144,50 @@ def test_a_damaged_replica_is_named_with_its_reason_and_the_others_serve(
     result = incident.verify()
     assert result["verdict"] == "incomplete", "two replicas are equal, the third cannot be compared"
     assert [replica["compared"] for replica in result["replicas"]] == [True, False, True]
+
+
+def test_a_replica_damaged_while_the_volume_was_detached_is_left_out_at_the_next_attach(
+    incident: Incident,
+) -> None:
+    victim = incident.replica_ids[0]  # where reads and reconciles would begin
+    with ReconnectingClient(incident.uri) as client:
+        client.write(OFFSET, TEXT)
+    incident.client.detach(incident.name)
+    incident.stop_cleanly(victim)
+    truncated_map(incident.directory_of(victim))
+    incident.start(victim)
+    assert victim in incident.in_sync(), "the record does not know yet"
+    incident.client.attach(incident.name)
+    incident.wait_until_left_out(victim)
+    assert incident.show()["state"] == "degraded"
+    with incident.load(seed=32), ReconnectingClient(incident.uri) as client:
+        assert client.read(OFFSET, BLOCK_BYTES) == TEXT
+
+
+def test_a_disk_that_was_put_back_to_yesterday_serves_nothing_old(incident: Incident) -> None:
+    # The whole replica directory, map and metadata included, is consistent: only epochs and records tell.
+    victim = incident.replica_ids[0]
+    old = encode_tag(BLOCK, Value(1, 1))
+    with ReconnectingClient(incident.uri) as client:
+        client.write(OFFSET, old)
+    incident.client.detach(incident.name)
+    directory = incident.directory_of(victim)
+    incident.stop_cleanly(victim)
+    shutil.copytree(directory, directory.parents[1] / "yesterday")
+    incident.start(victim)
+    incident.client.attach(incident.name)
+    incident.dolmen.wait_for_state(incident.name, "healthy")
+    with ReconnectingClient(incident.uri) as client:
+        client.write(OFFSET, TEXT)
+    incident.client.detach(incident.name)
+    incident.stop_cleanly(victim)
+    shutil.rmtree(directory)
+    (directory.parents[1] / "yesterday").rename(directory)
+    incident.start(victim)
+    incident.client.attach(incident.name)
+    with ReconnectingClient(incident.uri) as client:
+        for _ in range(20):
+            assert client.read(OFFSET, BLOCK_BYTES) == TEXT
+        incident.check_healthy_and_equal()
+        for _ in range(20):
+            assert client.read(OFFSET, BLOCK_BYTES) == TEXT

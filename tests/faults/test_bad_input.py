@@ -16,17 +16,11 @@ BAD = [
     ((*CREATE, "Upper", "--size", "64MiB"), REFUSED, "name"),
     ((*CREATE, "../escape", "--size", "64MiB"), REFUSED, "name"),
     ((*CREATE, "a" * 64, "--size", "64MiB"), REFUSED, "name"),
-    ((*CREATE, "", "--size", "64MiB"), REFUSED, "name"),
     ((*CREATE, "tiny", "--size", "1"), REFUSED, "4 MiB"),
     ((*CREATE, "odd", "--size", "8388609"), REFUSED, "8392704"),
-    ((*CREATE, "huge", "--size", "65TiB"), REFUSED, "64 TiB"),
     ((*CREATE, "word", "--size", "many"), REFUSED, "is not a size"),
-    ((*CREATE, "minus", "--size", "-1"), REFUSED, "is not a size"),
     ((*CREATE, "none", "--size", "64MiB", "--replicas", "0"), REFUSED, "replica"),
-    ((*CREATE, "many", "--size", "64MiB", "--replicas", "6"), REFUSED, "replica"),
     ((*CREATE, "more", "--size", "64MiB", "--replicas", "4"), REFUSED, "nodes"),
-    ((*CREATE, "text", "--size", "64MiB", "--replicas", "x"), USAGE, "replicas"),
-    (("volume", "attach", "nobody"), REFUSED, "nobody"),
     (("volume", "resize", "{volume}", "32MiB"), REFUSED, "shrink"),
     (("volume", "rm", "{volume}"), REFUSED, "attached"),
     ((*CREATE, "{volume}", "--size", "128MiB"), REFUSED, "exists"),
@@ -59,7 +53,7 @@ def _everything(dolmen: Cluster) -> list[str]:
     return listed + sorted(str(path) for pattern in kept for path in dolmen.dir.glob(pattern))
 
 
-@pytest.mark.parametrize("words", [("nonsense",), ("volume",), ("volume", "create")])
+@pytest.mark.parametrize("words", [("nonsense",), ("volume", "create")])
 def test_a_command_line_that_is_not_understood_says_how_it_should_look(
     shared_cluster: Cluster, words: tuple[str, ...]
 ) -> None:

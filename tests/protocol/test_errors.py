@@ -60,8 +60,8 @@ def test_codes_are_unique_lower_case_words() -> None:
 
 def test_a_paragraph_of_several_lines_is_one_message() -> None:
     assert str(ReplicaDamaged(path="/d", reason="torn")) == (
-        "The replica at /d cannot be opened: torn. It will be rebuilt from the others; "
-        "`dolmen replica verify` tells the state."
+        "The replica at /d cannot be opened: torn. Its files are left as they are, and the volume's "
+        "other replicas serve; `dolmen replica ls` tells their state."
     )
     assert str(StaleEpoch(volume="v", offered=1, current=2)) == "volume v: epoch 1 is older than 2"
 

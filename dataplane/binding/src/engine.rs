@@ -126,8 +126,8 @@ impl EngineLoop {
         self.handle.set_partial_wait(regions).map_err(to_python)
     }
 
-    fn regions_equal(&self, regions: Vec<u32>) -> PyResult<()> {
-        self.handle.regions_equal(regions).map_err(to_python)
+    fn regions_equal(&self, regions: Vec<u32>, diverged_seen: u64) -> PyResult<()> {
+        self.handle.regions_equal(regions, diverged_seen).map_err(to_python)
     }
 
     fn partial_done(&self, regions: Vec<u32>) -> PyResult<()> {

@@ -119,7 +119,7 @@ fn a_write_that_fails_everywhere_is_an_error_and_leaves_the_region_unequal() {
     let read = client.send(READ, 0, REGION, 4096, &[]);
     rig.event("region_wanted", |event| *event == Event::RegionWanted { region_index: 1 });
     assert_eq!(client.read(0, 4096), Ok(vec![0; 4096]), "other regions are free");
-    rig.engine.regions_equal(vec![1]).expect("open");
+    rig.engine.regions_equal(vec![1], u64::MAX).expect("open");
     assert_eq!(client.read_reply(read, REGION, 4096), Ok(vec![0; 4096]));
     for replica in &rig.replicas {
         replica.store().statuses.insert(kind::WRITE, status::IO_ERROR);
@@ -257,7 +257,7 @@ fn in_an_unequal_region_all_but_whole_blocks_wait_in_order() {
     assert_eq!(client.write(0, &pattern(5, 10)), 0, "other regions are free");
     assert_eq!(rig.engine.stats().expect("open").waiting, 3);
     assert!(!client.has_reply_within(MOMENT));
-    rig.engine.regions_equal(vec![1]).expect("open");
+    rig.engine.regions_equal(vec![1], u64::MAX).expect("open");
     let data = client.read_among(read, REGION, 4096, &[partial, behind]);
     assert!(data == pattern(1, 4096), "the read stood in front");
     assert!(client.read(REGION, 4096).expect("readable") == pattern(4, 4096));
@@ -278,7 +278,7 @@ fn a_partial_write_waits_for_its_region_and_nothing_overtakes_it() {
     rig.engine.barrier(1).expect("open");
     rig.event("drained", |event| *event == Event::Drained { token: 1 });
     assert!(!client.has_reply_within(MOMENT));
-    rig.engine.regions_equal(vec![0]).expect("open");
+    rig.engine.regions_equal(vec![0], u64::MAX).expect("open");
     let mut found = [client.simple(), client.simple(), client.simple()];
     found.sort_unstable();
     assert_eq!(found, [(partial, 0), (whole, 0), (zeroes, 0)]);
@@ -374,10 +374,10 @@ fn replicas_hear_what_is_completed_and_never_past_a_write_that_failed() {
         replica.store().statuses.clear();
     }
     assert_eq!(client.write(0, &pattern(1, 4096)), 0);
-    rig.engine.regions_equal(vec![]).expect("open");
+    rig.engine.regions_equal(vec![], u64::MAX).expect("open");
     assert!(!client.has_reply_within(Duration::from_millis(999)));
     assert_eq!(rig.replicas[1].store().completed, 10, "id 11 failed");
-    rig.engine.regions_equal(vec![1]).expect("open");
+    rig.engine.regions_equal(vec![1], u64::MAX).expect("open");
     rig.replicas[1].wait_until("both", |store| store.completed == 12);
 }
 

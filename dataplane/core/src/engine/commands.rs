@@ -48,7 +48,7 @@ pub(super) enum Command {
     Barrier(u64),
     SetUnequal(Vec<u32>),
     SetPartialWait(Vec<u32>),
-    RegionsEqual(Vec<u32>),
+    RegionsEqual { regions: Vec<u32>, diverged_seen: u64 },
     PartialDone(Vec<u32>),
     Pause(bool),
     SetSize(u64),
@@ -233,8 +233,9 @@ impl EngineHandle {
         self.send(Command::SetPartialWait(regions))
     }
 
-    pub fn regions_equal(&self, regions: Vec<u32>) -> Result<(), Closed> {
-        self.send(Command::RegionsEqual(regions))
+    /// `diverged_seen`: how many `RegionDiverged` events the caller has taken.
+    pub fn regions_equal(&self, regions: Vec<u32>, diverged_seen: u64) -> Result<(), Closed> {
+        self.send(Command::RegionsEqual { regions, diverged_seen })
     }
 
     pub fn partial_done(&self, regions: Vec<u32>) -> Result<(), Closed> {

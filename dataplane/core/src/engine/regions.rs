@@ -29,6 +29,9 @@ pub type Released<T> = Vec<VecDeque<T>>;
 
 pub struct Regions<T> {
     unequal: HashSet<u32>,
+    /// Regions that diverged, with the number of the last time: Python counts the same events.
+    diverged_at: HashMap<u32, u64>,
+    diverged_count: u64,
     partial_wait: HashSet<u32>,
     queues: HashMap<u32, Queue<T>>,
     /// Regions whose event was sent.
@@ -40,6 +43,8 @@ impl<T> Regions<T> {
     pub fn new() -> Self {
         Regions {
             unequal: HashSet::new(),
+            diverged_at: HashMap::new(),
+            diverged_count: 0,
             partial_wait: HashSet::new(),
             queues: HashMap::new(),
             wanted: HashSet::new(),
@@ -80,6 +85,8 @@ impl<T> Regions<T> {
 
     /// A write failed on all replicas in this region.
     pub fn add_unequal(&mut self, region: u32) {
+        self.diverged_count += 1;
+        self.diverged_at.insert(region, self.diverged_count);
         self.unequal.insert(region);
     }
 
@@ -94,10 +101,18 @@ impl<T> Regions<T> {
         self.release_all()
     }
 
+    /// Of these regions, those that are equal now: not one that diverged again, of which Python, that has
+    /// seen this many such events, did not know when it said so.
+    pub fn settled(&self, regions: &[u32], diverged_seen: u64) -> Vec<u32> {
+        let known = |region: &u32| self.diverged_at.get(region).is_none_or(|number| *number <= diverged_seen);
+        regions.iter().copied().filter(known).collect()
+    }
+
     #[must_use]
     pub fn equal(&mut self, regions: &[u32]) -> Released<T> {
         let mut released = Vec::new();
         for region in regions {
+            self.diverged_at.remove(region);
             self.unequal.remove(region);
             self.partial_wait.remove(region);
             self.wanted.remove(region);
@@ -190,5 +205,15 @@ mod tests {
         assert!(regions.must_wait(1, Partial) && regions.must_wait(1, Read));
         regions.set_unequal(&[2]);
         assert!(regions.must_wait(1, Read) && regions.must_wait(2, Read));
+    }
+
+    #[test]
+    fn a_region_that_diverged_again_is_not_equal_for_who_has_not_heard() {
+        let mut regions: Regions<u8> = Regions::new();
+        regions.add_unequal(1);
+        regions.add_unequal(2);
+        regions.add_unequal(1);
+        assert_eq!(regions.settled(&[1, 2, 3], 2), [2, 3]);
+        assert_eq!(regions.settled(&[1, 2, 3], 3), [1, 2, 3]);
     }
 }

@@ -248,7 +248,8 @@ impl Shell {
                     let released = self.regions.set_partial_wait(&regions);
                     self.release(released);
                 }
-                Command::RegionsEqual(regions) => {
+                Command::RegionsEqual { regions, diverged_seen } => {
+                    let regions = self.regions.settled(&regions, diverged_seen);
                     self.table.regions_equal(&regions);
                     let released = self.regions.equal(&regions);
                     self.release(released);
