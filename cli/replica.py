@@ -1,4 +1,10 @@
-"""``dolmen replica ...``"""
+"""``dolmen replica ...``: the copies of a volume, listed and verified.
+
+Owns the arguments, the tables and the words of these commands. Does not own the comparison
+(``control/verify.py``) or the reading (``replica/verify.py``): both are reached through ``control.client``.
+
+Promises: ``verify`` exits 0 only when everything was compared and is the same.
+"""
 
 from __future__ import annotations
 
