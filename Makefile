@@ -3,15 +3,17 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMPS := .cache
+# What dataplane/Cargo.toml asks for; Debian 12's own cargo is older.
+RUST_MIN := 1.85
 DEBIAN_PACKAGES := $(shell grep -v '^\#' deploy/debian-packages.txt)
 RUST_SOURCES := $(shell find dataplane -name '*.rs' -not -path '*/target/*') dataplane/Cargo.toml dataplane/Cargo.lock \
 	dataplane/core/Cargo.toml dataplane/binding/Cargo.toml
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo || echo 'no-sudo-here:-run-as-root')
 
-.PHONY: demo test check build packages bench bench-quick fmt clean sizes test-python test-rust help
+.PHONY: demo test check build packages bench bench-quick fmt clean sizes test-python test-rust help lock
 
 help:
-	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/ -/'
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*##/ -/'
 
 build: $(STAMPS)/built  ## the virtual environment and the compiled data plane
 
@@ -27,7 +29,11 @@ $(STAMPS)/packages: deploy/debian-packages.txt
 
 $(STAMPS)/venv: requirements.lock | $(STAMPS)/packages
 	@mkdir -p $(STAMPS)
-	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust stable (https://rustup.rs), then run this again"; exit 1; }
+	@command -v python3.11 >/dev/null || { echo "python3.11 is missing: install Python 3.11, then run this again"; exit 1; }
+	@command -v cc >/dev/null || { echo "a C compiler is missing: 'apt-get install gcc' as root, then run this again"; exit 1; }
+	@have=$$(cargo --version 2>/dev/null | cut -d' ' -f2); \
+	[ "$$(printf '%s\n' $(RUST_MIN) "$${have:-0}" | sort -V | head -1)" = $(RUST_MIN) ] || { \
+	echo "Rust $(RUST_MIN) or newer is needed, found: $${have:-none}. Install Rust stable with rustup, then run this again"; exit 1; }
 	@echo "creating the virtual environment"
 	@python3.11 -m venv $(VENV)
 	@$(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements.lock
@@ -56,21 +62,20 @@ check: build  ## what CI checks besides tests
 	@$(VENV)/bin/lint-imports
 	@cd dataplane && cargo fmt --check && cargo clippy --locked --release -q --all-targets -- -D warnings
 
-fmt:
+fmt: build  ## format everything
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix . && cd dataplane && cargo fmt
 
 bench: build  ## measure beside other systems: interleaved rounds, table and picture in bench/out
 	@$(VENV)/bin/dolmen bench compare
 
-bench-quick: build
+bench-quick: build  ## the same in a few minutes
 	@$(VENV)/bin/dolmen bench compare --rounds 2 --seconds 3
 
-sizes:
+sizes:  ## the longest files
 	@git ls-files '*.py' '*.rs' | xargs wc -l | sort -n | tail -15
 
-clean:
+clean:  ## remove what was built
 	rm -rf $(STAMPS) $(VENV) dataplane/target *.so
 
-# How the lock file is made again: with uv, from pyproject.toml.
-lock:
-	uv pip compile -q --python-version 3.11 --generate-hashes --extra dev --extra bench pyproject.toml -o requirements.lock --no-emit-index-url --no-header
+lock:  ## make requirements.lock again from pyproject.toml (needs uv)
+	@uv pip compile -q --python-version 3.11 --generate-hashes --extra dev --extra bench pyproject.toml -o requirements.lock --no-emit-index-url --no-header

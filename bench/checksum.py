@@ -34,7 +34,8 @@ def share_percent(report: str) -> float:
     found = [(float(match[1]), match[2]) for line in report.splitlines() if (match := _LINE.match(line))]
     ours = [percent for percent, symbol in found if "xxh3" in symbol.lower()]
     if not ours:
-        raise ProcessFailed(f"perf saw no xxh3 symbol among {len(found)}: the build has no symbols")
+        why = "stripped, or replaced while it ran"
+        raise ProcessFailed(f"perf saw no xxh3 symbol among {len(found)}: the build is {why}")
     return sum(ours)
 
 

@@ -219,7 +219,7 @@ def _gauge(running: Session, fault: Fault, stalls: Sequence[Stall], failure: str
     noise_ms = max((stall.noise_ms for stall in stalls), default=0.0)
     method = (
         f"{fault.text} under one writer of 4 KiB; longest time between two completions;"
-        f" without the fault it was {noise_ms:.1f} ms"
+        f" in the second before the fault it was {noise_ms:.1f} ms at most"
     )
     return GaugeRecord(
         run=running.run,

@@ -56,17 +56,38 @@ def workloads_in(runs: Sequence[RunRecord]) -> list[str]:
     return [name for name in WORKLOADS if name in present]
 
 
-def headline(runs: Sequence[RunRecord]) -> str:
+DISTURBED_CORES = 0.25
+"""More than this used by others in the median measurement, and the reader is warned."""
+
+
+def headline(records: Sequence[Record]) -> str:
     """What is needed to doubt the numbers, in one line."""
-    if not runs:
+    if not records:
         return "no measurement"
+    m = records[0].machine
+    where = (
+        f"commit {records[0].commit} · {m.cpu}, {m.cores} cores, {m.memory_bytes / 2**30:.0f} GiB · "
+        f"Linux {m.kernel} · {m.file_system} · {m.fio} · {m.qemu}"
+    )
+    runs = runs_of(records)
+    if not runs:
+        return where
     first = runs[0]
     rounds = 1 + max(run.round_index for run in runs)
-    m = first.machine
     return (
-        f"commit {first.commit} · {m.cpu}, {m.cores} cores, {m.memory_bytes / 2**30:.0f} GiB · "
-        f"Linux {m.kernel} · {m.file_system} · {m.fio} · {m.qemu} · {rounds} rounds · "
-        f"{first.size_bytes / 2**30:g} GiB · seed {first.seed - first.round_index} · {first.started_at}"
+        f"{where} · {rounds} rounds · {first.size_bytes / 2**30:g} GiB · "
+        f"seed {first.seed - first.round_index} · {first.started_at}"
+    )
+
+
+def warning(runs: Sequence[RunRecord]) -> str:
+    """Empty when the machine was quiet."""
+    disturbed = summary.over_rounds(runs, summary.other_cores)
+    if disturbed is None or disturbed.median <= DISTURBED_CORES:
+        return ""
+    return (
+        f"Disturbed: others used {disturbed.median:.1f} of {runs[0].machine.cores} processors in the median "
+        f"measurement. Trust ratios little and absolute figures not at all."
     )
 
 
@@ -181,9 +202,11 @@ def failures_grid(runs: Sequence[RunRecord]) -> Grid:
 
 def all_grids(records: Sequence[Record]) -> list[Grid]:
     runs, gauges = runs_of(records), gauges_of(records)
-    tables = [goals_grid(goals.judge(records))]
-    if runs:
-        tables = [*grids(runs), *tables]
+    judgements = goals.judge(records)
+    if not runs:
+        # Only gauges were asked for: the goals of other runs would drown them.
+        judgements = [j for j in judgements if j.verdict is not Verdict.NOT_MEASURED]
+    tables = [*(grids(runs) if runs else []), goals_grid(judgements)]
     if gauges:
         tables.append(gauges_grid(gauges))
     if any(run.failure for run in runs):
@@ -203,7 +226,9 @@ def print_tables(records: Sequence[Record], console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console.print(Text(headline(runs_of(records))), style="dim")
+    console.print(Text(headline(records)), style="dim")
+    if text := warning(runs_of(records)):
+        console.print(Text(text), style="bold red")
     for grid in all_grids(records):
         table = Table(title=grid.title, title_justify="left", title_style="bold")
         for index, column in enumerate(grid.columns):
@@ -238,6 +263,8 @@ def draw(records: Sequence[Record]) -> bytes:
     from matplotlib.figure import Figure
 
     runs = runs_of(records)
+    if not runs:
+        return _draw_gauges(Figure(figsize=(13, 4), dpi=110, layout="constrained"), records)
     figure = Figure(figsize=(13, 13), dpi=110, layout="constrained")
     panels: Any = figure.subplots(len(_PANELS), 1)
     names = workloads_in(runs)
@@ -254,10 +281,31 @@ def draw(records: Sequence[Record]) -> bytes:
             axes.set_yscale("log")
     if systems:
         panels[0].legend(ncols=5, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, 1.2))
-    figure.supxlabel(headline(runs), fontsize=7, color="#78716c")
+    return _png(figure, records)
+
+
+def _png(figure: Any, records: Sequence[Record]) -> bytes:
+    figure.supxlabel(headline(records), fontsize=7, color="#78716c")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
+
+
+def _draw_gauges(figure: Any, records: Sequence[Record]) -> bytes:
+    """One row per gauge, one point per value."""
+    axes = figure.subplots(1, 1)
+    gauges = gauges_of(records)
+    for row, gauge in enumerate(gauges):
+        axes.plot(gauge.values, [row] * len(gauge.values), "o", color=_COLOURS["dolmen"], alpha=0.6)
+        if gauge.failure:
+            axes.text(0.02, row, FAILED, transform=axes.get_yaxis_transform(), fontsize=9)
+    axes.set_yticks(range(len(gauges)), [f"{gauge.name}, {gauge.unit}" for gauge in gauges])
+    axes.set_ylim(-0.5, max(0.5, len(gauges) - 0.5))
+    if any(gauge.values for gauge in gauges):
+        axes.set_xscale("log")
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure, records)
 
 
 def _draw_panel(
@@ -270,7 +318,7 @@ def _draw_panel(
             found = _bar(runs, name, system, metric, reference)
             x = index + (position - (len(systems) - 1) / 2) * width
             # The label stands once, for the legend; an empty bar carries it when nothing was measured.
-            label = system if index == 0 else None
+            label = _legend(runs, system) if index == 0 else None
             if found is None:
                 axes.bar(x, 0, width, color=_COLOURS.get(system, "#000"), label=label)
                 if summary.select(runs, system=system, workload=name):
@@ -288,6 +336,11 @@ def _draw_panel(
             )
     if reference is not None:
         axes.axhline(1.0, color="#1c1917", linewidth=0.8, linestyle=":")
+
+
+def _legend(runs: Sequence[RunRecord], system: str) -> str:
+    copies = next(run.copies for run in runs if run.system == system)
+    return f"{system}, {copies} {'copy' if copies == 1 else 'copies'}"
 
 
 def _bar(
@@ -308,6 +361,7 @@ body {{ font: 15px/1.45 system-ui, sans-serif; color: #1c1917 }}
 body {{ margin: 2rem auto; max-width: 72rem; padding: 0 1rem }}
 h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.05rem; margin-top: 2rem }}
 p.from {{ color: #78716c; font-size: .85rem }}
+p.warning {{ color: #b91c1c; font-weight: 600 }}
 div.wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem }}
 th, td {{ text-align: left; padding: .25rem .7rem; border-bottom: 1px solid #e7e5e4; white-space: nowrap }}
@@ -319,6 +373,7 @@ img {{ max-width: 100% }}
 </style></head><body>
 <h1>Benchmark {run}</h1>
 <p class="from">{headline}</p>
+<p class="warning">{warning}</p>
 <p>Every figure is the median of interleaved rounds on one machine; ratios are formed inside each round.
 Absolute figures drift from hour to hour: compare columns, not days.</p>
 <img alt="bars: speed, latency, processor time" src="data:image/png;base64,{picture}">
@@ -331,7 +386,8 @@ def page(records: Sequence[Record], *, run: str, picture: bytes) -> str:
     tables = "".join(_html_table(grid) for grid in all_grids(records))
     return _PAGE.format(
         run=html.escape(run),
-        headline=html.escape(headline(runs_of(records))),
+        headline=html.escape(headline(records)),
+        warning=html.escape(warning(runs_of(records))),
         picture=base64.b64encode(picture).decode("ascii"),
         tables=tables,
     )

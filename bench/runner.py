@@ -13,8 +13,10 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -191,6 +193,7 @@ def session(plan: Plan) -> Iterator[Session]:
     data = plan.cache / f"{DATA_PREFIX}{os.getpid()}"
     check_possible(plan, plan.cache)
     with ExitStack() as undo:
+        undo.enter_context(_signals_kept())
         undo.callback(shutil.rmtree, data, ignore_errors=True)
         data.mkdir(parents=True)
         sockets = Path(tempfile.mkdtemp(prefix="dolmen-bench-"))
@@ -202,6 +205,7 @@ def session(plan: Plan) -> Iterator[Session]:
             )
             undo.callback(system.stop)
             systems[name] = system
+        undo.enter_context(_interrupts_wait_for_the_end())
         yield Session(
             plan=plan,
             run=datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ"),
@@ -209,6 +213,31 @@ def session(plan: Plan) -> Iterator[Session]:
             commit=record.describe_commit(plan.repository),
             systems=systems,
         )
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    was = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in zip(numbers, was, strict=True):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupts_wait_for_the_end() -> Iterator[None]:
+    """From its exit on, a further Ctrl-C is not heard: half a clean-up would leave a cluster running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def check_possible(plan: Plan, directory: Path) -> None:

@@ -1,6 +1,8 @@
-"""The ``dolmen`` command: which commands there are. What they do is in the modules beside it.
+"""The ``dolmen`` command: which commands there are, and what the first page of help says.
 
-Starts fast: what only one command needs (demo, bench, rich, asyncio) is imported when it runs.
+Does not own what a command does: that is in the modules beside it.
+
+Promises: starts fast: what only one command needs (demo, bench, rich, asyncio) is imported when it runs.
 """
 
 from __future__ import annotations

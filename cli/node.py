@@ -1,4 +1,10 @@
-"""``dolmen node ...``"""
+"""``dolmen node ...``: nodes, and their replica servers started, stopped and killed.
+
+Owns the arguments, the tables and the words of these commands. Does not own what a node is or does: that is
+the daemon's, reached through ``control.client`` alone.
+
+Promises: ``-o json`` prints what the REST interface answered; a refusal is one line that names the next step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""``dolmen replica ...``"""
+"""``dolmen replica ...``: the copies of a volume, listed and verified.
+
+Owns the arguments, the tables and the words of these commands. Does not own the comparison
+(``control/verify.py``) or the reading (``replica/verify.py``): both are reached through ``control.client``.
+
+Promises: ``verify`` exits 0 only when everything was compared and is the same.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.output import DirOption, Exit, Output, OutputOption, fail, show_json, show_table, user_errors
+from cli.output import (
+    DirOption,
+    Exit,
+    Output,
+    OutputOption,
+    fail,
+    fail_unfinished,
+    show_json,
+    show_table,
+    user_errors,
+)
 from cli.volume import NameArgument, names, resync_text
 from control.client import Client, default_dir
 
@@ -48,6 +64,24 @@ def ls(
             for view in views
         ),
     )
+
+
+@app.command("rebuild")
+@user_errors
+def rebuild(
+    volume: NameArgument,
+    replica: Annotated[str, typer.Argument(help="The replica's id.")],
+    directory: DirOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Throw away a replica that is damaged or missing, and fill it anew from the others."""
+    view = Client(directory or default_dir()).rebuild_replica(volume, replica)
+    if replica not in view["membership"]["in_sync"]:
+        fail_unfinished(f"replica {replica} is being filled", view)
+    if output is Output.JSON:
+        show_json(view)
+    else:
+        print(f"replica {replica}: in sync")
 
 
 @app.command("verify")

@@ -1,4 +1,10 @@
-"""``dolmen volume ...``"""
+"""``dolmen volume ...``: volumes made, attached, shown, grown, detached and removed.
+
+Owns the arguments, the tables and the words of these commands. Does not own any decision about a volume: that
+is the daemon's, reached through ``control.client`` alone.
+
+Promises: every command may be repeated; what is accepted but not finished exits 5 and says what it waits for.
+"""
 
 from __future__ import annotations
 

@@ -129,6 +129,9 @@ class Client:
         listed: list[dict[str, Any]] = self.call("GET", "/v1/replicas", **query)["replicas"]
         return listed
 
+    def rebuild_replica(self, volume: str, replica: str, *, wait_s: float = WAIT_DEFAULT_S) -> dict[str, Any]:
+        return self._waiting("POST", _volume(volume, f"replicas/{_segment(replica)}/rebuild"), {}, wait_s)
+
     def verify(self, volume: str) -> dict[str, Any]:
         """Starts a job; ``job`` asks about it."""
         return self.call("POST", _volume(volume, "verify"), {})

@@ -49,6 +49,7 @@ from control.reconcile import NodeState
 from control.supervisor import NodeSupervisor, disk_name
 from control.views import SERVING, NodeView, VolumeCreate, VolumeState, VolumeView
 from protocol.errors import (
+    BadRequest,
     Conflict,
     ShrinkRefused,
     StorageError,
@@ -342,6 +343,31 @@ class Cluster:
         except VolumeNotFound:
             return None
 
+    async def rebuild_replica(self, name: str, replica_id: str, *, wait_s: float) -> VolumeView:
+        """Throw away a replica that cannot be opened, or make one that is gone, and have it filled from the
+        others. Only on an operator's word, never by itself (C22). A daemon that dies in between leaves it
+        missing: then it is asked for again. Raises BadRequest, which says why not."""
+        self._refuse_if_closing()
+        async with self._lock(name):
+            volume = await self._volume(name)
+            node = next((place.node for place in volume.spec.replicas if place.id == replica_id), None)
+            if node is None:
+                raise BadRequest(reason=f"volume {name} has no replica {replica_id[:80]!r}")
+            link = self.link(node)
+            said = (await ask_servers([self.supervisors[node]]))[node]
+            if said.volumes is None:
+                raise Unreachable(peer=f"the replica server of {node}", reason="it has to run for this")
+            volume_id = volume.spec.volume_id
+            found = said.volumes.get(volume_id, {"state": "missing"})
+            refuse_rebuild(await self.volume(name), replica_id, str(found.get("state")))
+            size_bytes = volume.status.replica_size_bytes[replica_id]
+            await link.call("replica.delete", volume_id=volume_id)
+            await link.call(
+                "replica.create", volume_id=volume_id, replica_id=replica_id, name=name, size_bytes=size_bytes
+            )
+            self._log.info("replica made anew", volume=name, replica=replica_id, node=node)
+        return await self._view_when(name, lambda v: replica_id in v.membership.in_sync, wait_s)
+
     async def volume(self, name: str) -> VolumeView:
         """Raises VolumeNotFound."""
         return (await self._views([await self._volume(name)]))[0]
@@ -452,6 +478,22 @@ class Cluster:
             if seen is None or not seen.answering:
                 waiting.append(f"volume {name}: its engine")
         return waiting
+
+
+def refuse_rebuild(view: VolumeView, replica_id: str, state: str) -> None:
+    """``state``: what its server says of it. Raises BadRequest unless nothing can be lost."""
+    if state not in ("damaged", "missing"):
+        raise BadRequest(
+            reason=f"replica {replica_id} is {state}, only one that is damaged or missing is made anew. "
+            f"`dolmen volume show {view.name}` says what it waits for."
+        )
+    if view.state is not VolumeState.DEGRADED:
+        raise BadRequest(
+            reason=f"volume {view.name} is {view.state.value}, a replica is filled while it is attached and "
+            f"served by others. `dolmen volume attach {view.name}` first."
+        )
+    if replica_id in view.membership.in_sync:
+        raise BadRequest(reason=f"replica {replica_id} is named in sync. Try again in a moment.")
 
 
 def _refuse_other_spec(volume: Volume, wanted: VolumeCreate) -> None:

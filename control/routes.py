@@ -143,6 +143,12 @@ async def _replica_list(system: System, request: Request) -> ReplicaList:
     return ReplicaList(replicas=[replica for volume in volumes for replica in volume.replicas])
 
 
+async def _replica_rebuild(system: System, request: Request) -> VolumeView:
+    return await system.cluster.rebuild_replica(
+        request.path["name"], request.path["replica"], wait_s=request.query["wait_s"]
+    )
+
+
 async def _node_list(system: System, request: Request) -> NodeList:
     return NodeList(nodes=await system.cluster.nodes())
 
@@ -191,6 +197,15 @@ ROUTES: tuple[Route, ...] = (
         "POST", "/v1/volumes/{name}/verify", "Start to compare all replicas", _volume_verify, JobView, Empty
     ),
     Route("GET", "/v1/replicas", "All replicas", _replica_list, ReplicaList, query=("volume",)),
+    Route(
+        "POST",
+        "/v1/volumes/{name}/replicas/{replica}/rebuild",
+        "Make a damaged replica anew",
+        _replica_rebuild,
+        VolumeView,
+        Empty,
+        WAIT,
+    ),
     Route("GET", "/v1/nodes", "All nodes", _node_list, NodeList),
     Route("POST", "/v1/nodes/{name}/stop", "Keep a node down", _node_stop, NodeView, NodeStop, WAIT),
     Route("POST", "/v1/nodes/{name}/start", "Start a node again", _node_start, NodeView, Empty, WAIT),

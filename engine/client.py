@@ -1,4 +1,10 @@
-"""Talks to an engine's control socket: the daemon's side. Typed forms of PROTOCOL.md's engine calls."""
+"""Talks to an engine's control socket: the daemon's side of PROTOCOL.md's engine calls, typed.
+
+Owns one connection and the deadline of each call. Does not own what the calls do (``engine/rpc_api.py``), or
+when an engine is asked (``control/engines.py``).
+
+Promises: every call ends, with the engine's answer, its error, Unreachable or Timeout; none is repeated here.
+"""
 
 from __future__ import annotations
 

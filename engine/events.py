@@ -267,6 +267,19 @@ Event = (
     | ResizeAsked
 )
 
+SessionEvent = ReplicaUp | Claimed | LinkAttached | ReplicaDown | LinkDown
+
+ResyncEvent = (
+    DirtyListed
+    | ChangedListed
+    | ResyncBegun
+    | RegionsPulled
+    | ResyncEnded
+    | Drained
+    | RegionWanted
+    | RegionDiverged
+)
+
 
 # Actions: calls to a replica. Each is answered by one event with the same session.
 

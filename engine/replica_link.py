@@ -137,6 +137,7 @@ class ReplicaLink:
         self._post = post
         self._session = 0
         self._client: RpcClient | None = None
+        self._claimed_process_id = ""  # of the server process that answered the last claim
         self._closing = asyncio.Event()  # this session is to end from our side
         self._retry_after_s = 0.0
         self._calls: set[asyncio.Task[None]] = set()
@@ -238,7 +239,9 @@ class ReplicaLink:
         match action:
             case Claim():
                 wire = await self._ask(client, "claim", epoch=self._epoch, engine_id=self._engine_id)
-                return Claimed(slot, session, parse_report(wire))
+                report = parse_report(wire)
+                self._claimed_process_id = report.process_id
+                return Claimed(slot, session, report)
             case AttachLink():
                 return await self._attach(client, action)
             case PersistRecord(record=record):
@@ -300,7 +303,7 @@ class ReplicaLink:
                 raise ProtocolViolation(expected="what was pulled", got=type(wire).__name__)
 
     async def _attach(self, client: RpcClient, action: AttachLink) -> Event | None:
-        sock, _ = await connect_socket(
+        sock, greeting = await connect_socket(
             self._address.host,
             self._address.port,
             key=self._key,
@@ -311,6 +314,10 @@ class ReplicaLink:
             timeout_s=CONNECT_TIMEOUT_S,
         )
         with sock:
+            # The claim's answer speaks for the process that gave it. One that started since may have lost
+            # what that one held (C8): an address proves nothing.
+            if greeting.process_id != self._claimed_process_id:
+                raise Unreachable(peer=self._address.id, reason="another process answers since the claim")
             if self._client is not client:
                 raise Unreachable(peer=self._address.id, reason="its session ended meanwhile")
             # No await from here to the event: the machine must hear of the link before the link's end.

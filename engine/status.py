@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.phase import VolumePhase
 from engine.replica_entry import RESYNC_STATES, ReplicaEntry, ReplicaState
-from engine.volume import Volume, VolumePhase
+from engine.volume import Volume
 from protocol.membership import MembershipRecord
 
 RUNNING = (VolumePhase.SERVING, VolumePhase.DETACHING, VolumePhase.CLEANING)

@@ -16,69 +16,9 @@ while members are being made equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
 
-from engine.events import (
-    EXIT_DETACHED,
-    EXIT_FENCED,
-    EXIT_REOPEN,
-    Action,
-    AttachLink,
-    Barrier,
-    Call,
-    CallFailed,
-    ChangedListed,
-    Claim,
-    Claimed,
-    Cleaned,
-    CleanReplica,
-    CloseSession,
-    CompleteRegions,
-    DetachAsked,
-    DetachLink,
-    DirtyListed,
-    Drained,
-    Event,
-    Fenced,
-    LinkAttached,
-    LinkDown,
-    LinkMode,
-    ListDirty,
-    Log,
-    Pause,
-    PersistRecord,
-    RecordPersisted,
-    RecordStored,
-    RegionDiverged,
-    Regions,
-    RegionsEqual,
-    RegionsPulled,
-    RegionWanted,
-    ReplicaDown,
-    ReplicaReport,
-    ReplicaUp,
-    Reply,
-    ResizeAsked,
-    Resized,
-    ResizeReplica,
-    ResyncBegun,
-    ResyncEnded,
-    SetMembers,
-    SetReaders,
-    SetSize,
-    SetUnequal,
-    Started,
-    StartTimer,
-    Stop,
-    StoreDown,
-    StoreRecord,
-    StoreUp,
-    Timer,
-    TimerFired,
-    TimerKind,
-)
+from engine import events as ev
 from engine.joining import Joining
 from engine.limits import (
     DETACH_DRAIN_WAIT_S,
@@ -91,6 +31,7 @@ from engine.limits import (
     STRAGGLER_WAIT_S,
 )
 from engine.membership import Ledger, MayOpen, MustWait, decide_open
+from engine.phase import NEXT_PHASES, VolumePhase
 from engine.reconcile import Reconcile
 from engine.replica_entry import (
     REQUIRED_RESYNC_STATES,
@@ -107,37 +48,6 @@ SOURCE_CODES = frozenset({"unreachable", "source_failed"})
 
 UPKEEP_PASSES_MAX = 32
 """Each pass but the last does something that cannot be undone within the step; a handful is normal."""
-
-
-class VolumePhase(Enum):
-    """::
-
-    INSPECTING <-> CLAIMING -> RECORDING -> SERVING -> DETACHING -> CLEANING -> ENDED
-
-    ENDED may follow each: detached, fenced, or to be opened anew.
-    """
-
-    INSPECTING = "inspecting"  # replicas are found; may the volume be opened?
-    CLAIMING = "claiming"  # those found are locking out older engines
-    RECORDING = "recording"  # the first record of this epoch is being committed
-    SERVING = "serving"
-    DETACHING = "detaching"  # no new requests; those under way are finished
-    CLEANING = "cleaning"  # replicas flush and clear their marks
-    ENDED = "ended"
-
-
-_P = VolumePhase
-
-_NEXT: Mapping[VolumePhase, frozenset[VolumePhase]] = {
-    _P.INSPECTING: frozenset({_P.CLAIMING, _P.ENDED}),
-    _P.CLAIMING: frozenset({_P.INSPECTING, _P.RECORDING, _P.ENDED}),
-    _P.RECORDING: frozenset({_P.SERVING, _P.ENDED}),
-    _P.SERVING: frozenset({_P.DETACHING, _P.ENDED}),
-    _P.DETACHING: frozenset({_P.CLEANING, _P.ENDED}),
-    _P.CLEANING: frozenset({_P.ENDED}),
-    _P.ENDED: frozenset(),
-}
-assert _NEXT.keys() == set(VolumePhase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,18 +87,18 @@ class Volume:
             int, tuple[int, int]
         ] = {}  # token -> slot, session of a member that came back
         self._retry_started = False
-        self._resize: ResizeAsked | None = None
+        self._resize: ev.ResizeAsked | None = None
         self._detach_requests: list[int] = []
         self._detach_token = 0
         self._drained = False
         self._cleaning: set[int] = set()
-        self._out: list[Action] = []
+        self._out: list[ev.Action] = []
 
     @property
     def ended(self) -> bool:
         return self.phase is VolumePhase.ENDED
 
-    def step(self, event: Event) -> list[Action]:
+    def step(self, event: ev.Event) -> list[ev.Action]:
         """Apply one event; what the shell must do, in this order. No I/O, no clock, no await."""
         self._out = []
         if not self.ended:
@@ -199,7 +109,7 @@ class Volume:
 
     # What the parts may do (joining.Host)
 
-    def act(self, action: Action) -> None:
+    def act(self, action: ev.Action) -> None:
         self._out.append(action)
 
     def move(self, entry: ReplicaEntry, to: ReplicaState) -> None:
@@ -214,63 +124,63 @@ class Volume:
     def retry_pulls_later(self) -> None:
         if not self._retry_started:
             self._retry_started = True
-            self.act(StartTimer(Timer(TimerKind.PULL_RETRY), PULL_RETRY_S))
+            self.act(ev.StartTimer(ev.Timer(ev.TimerKind.PULL_RETRY), PULL_RETRY_S))
 
     def _enter(self, to: VolumePhase) -> None:
         """The only assignment to ``phase`` after the first."""
-        assert to in _NEXT[self.phase], f"{self.phase.name} -> {to.name}"
+        assert to in NEXT_PHASES[self.phase], f"{self.phase.name} -> {to.name}"
         self._log("volume phase changed", was=self.phase.value, now=to.value)
         self.phase = to
 
     def _log(self, event: str, **fields: object) -> None:
-        self.act(Log(event, fields))
+        self.act(ev.Log(event, fields))
 
     # Events
 
-    def _apply(self, event: Event) -> None:
+    def _apply(self, event: ev.Event) -> None:
         match event:
-            case Started():
-                timer = Timer(TimerKind.STRAGGLERS)
-                self.act(StartTimer(timer, self.spec.straggler_wait_s))
-            case ReplicaUp() | Claimed() | LinkAttached() | ReplicaDown() | LinkDown():
+            case ev.Started():
+                timer = ev.Timer(ev.TimerKind.STRAGGLERS)
+                self.act(ev.StartTimer(timer, self.spec.straggler_wait_s))
+            case ev.ReplicaUp() | ev.Claimed() | ev.LinkAttached() | ev.ReplicaDown() | ev.LinkDown():
                 self._on_session_event(event)
-            case RecordPersisted(slot, session, stamp):
+            case ev.RecordPersisted(slot, session, stamp):
                 if entry := self._current(slot, session):
                     entry.persisting = None
                     entry.held = max(entry.held, stamp)
-            case RecordStored(stamp):
+            case ev.RecordStored(stamp):
                 self._stored_stamp = stamp
                 self._store_is(True, "")
-            case StoreUp():
+            case ev.StoreUp():
                 self._store_is(True, "")
-            case StoreDown(reason):
+            case ev.StoreDown(reason):
                 self._store_is(False, reason)
             case (
-                DirtyListed()
-                | ChangedListed()
-                | ResyncBegun()
-                | RegionsPulled()
-                | ResyncEnded()
-                | Drained()
-                | RegionWanted()
-                | RegionDiverged()
+                ev.DirtyListed()
+                | ev.ChangedListed()
+                | ev.ResyncBegun()
+                | ev.RegionsPulled()
+                | ev.ResyncEnded()
+                | ev.Drained()
+                | ev.RegionWanted()
+                | ev.RegionDiverged()
             ):
                 self._on_resync_event(event)
-            case Resized(slot, session, size_bytes):
+            case ev.Resized(slot, session, size_bytes):
                 if entry := self._current(slot, session):
                     entry.resizing = False
                     entry.size_bytes = max(entry.size_bytes, size_bytes)
-            case Cleaned(slot, _):
+            case ev.Cleaned(slot, _):
                 self._cleaning.discard(slot)
-            case CallFailed():
+            case ev.CallFailed():
                 self._on_call_failed(event)
-            case TimerFired(timer):
+            case ev.TimerFired(timer):
                 self._on_timer(timer)
-            case Fenced(by):
-                self._end(EXIT_FENCED, f"fenced by {by}")
-            case DetachAsked(request):
+            case ev.Fenced(by):
+                self._end(ev.EXIT_FENCED, f"fenced by {by}")
+            case ev.DetachAsked(request):
                 self._on_detach(request)
-            case ResizeAsked():
+            case ev.ResizeAsked():
                 self._on_resize(event)
 
     def _current(self, slot: int, session: int) -> ReplicaEntry | None:
@@ -284,41 +194,41 @@ class Volume:
             self._log("state store reachable" if up else "state store lost", reason=reason)
         self.store_up, self.store_reason = up, reason
 
-    def _on_session_event(self, event: ReplicaUp | Claimed | LinkAttached | ReplicaDown | LinkDown) -> None:
+    def _on_session_event(self, event: ev.SessionEvent) -> None:
         match event:
-            case ReplicaUp(slot, session, report):
+            case ev.ReplicaUp(slot, session, report):
                 self._on_up(self.entries[slot], session, report)
-            case ReplicaDown(slot, session, reason):
+            case ev.ReplicaDown(slot, session, reason):
                 if entry := self._current(slot, session):
                     self._lose(entry, reason)
                 elif self.entries[slot].state is ReplicaState.OFFLINE and session == 0:
                     self.entries[slot].reason = reason
-            case Claimed(slot, session, report):
+            case ev.Claimed(slot, session, report):
                 if entry := self._current(slot, session):
                     entry.take_report(report)
                     entry.claimed_once = True
                     self.move(entry, ReplicaState.CLAIMED)
-            case LinkAttached(slot, session, generation):
+            case ev.LinkAttached(slot, session, generation):
                 entry = self._current(slot, session)
                 if entry is None:
-                    self.act(DetachLink(slot, generation))
+                    self.act(ev.DetachLink(slot, generation))
                     return
                 entry.generation = generation
                 if entry.state is ReplicaState.LINKING and self.joining is not None:
                     self.joining.on_linked()
-            case LinkDown(slot, generation, reason, status):
+            case ev.LinkDown(slot, generation, reason, status):
                 entry = self.entries[slot]
                 if entry.generation == generation:
                     entry.generation = None
                     self._on_link_down(entry, reason, status)
 
-    def _on_up(self, entry: ReplicaEntry, session: int, report: ReplicaReport) -> None:
+    def _on_up(self, entry: ReplicaEntry, session: int, report: ev.ReplicaReport) -> None:
         if report.epoch > self.spec.epoch:
-            self._end(EXIT_FENCED, f"{entry.id} was claimed in epoch {report.epoch}")
+            self._end(ev.EXIT_FENCED, f"{entry.id} was claimed in epoch {report.epoch}")
             return
         if report.replica_id != entry.id:
             entry.reason = f"its address answers as {report.replica_id}"
-            self.act(CloseSession(entry.slot, session, RETRY_CAP_S))
+            self.act(ev.CloseSession(entry.slot, session, RETRY_CAP_S))
             return
         entry.begin_session(session, report, self.spec.epoch)
         self.move(entry, ReplicaState.FOUND)
@@ -327,11 +237,11 @@ class Volume:
 
     def _claim(self, entry: ReplicaEntry) -> None:
         self.move(entry, ReplicaState.CLAIMING)
-        self.act(Claim(entry.slot, entry.session))
+        self.act(ev.Claim(entry.slot, entry.session))
 
     def _on_link_down(self, entry: ReplicaEntry, reason: str, status: int) -> None:
         if status == Status.STALE_EPOCH:
-            self._end(EXIT_FENCED, f"fenced by {entry.id}")
+            self._end(ev.EXIT_FENCED, f"fenced by {entry.id}")
             return
         if status == Status.IO_ERROR:
             entry.failed_here = True
@@ -347,13 +257,13 @@ class Volume:
         if self._is_member(entry):
             delay_s = min(delay_s, RECONNECT_CAP_S)  # everybody may be waiting for it
         entry.failures += 1
-        self.act(CloseSession(entry.slot, entry.session, delay_s))
+        self.act(ev.CloseSession(entry.slot, entry.session, delay_s))
         self._lose(entry, reason)
 
     def _lose(self, entry: ReplicaEntry, reason: str) -> None:
         entry.reason = reason
         if entry.generation is not None:
-            self.act(DetachLink(entry.slot, entry.generation))
+            self.act(ev.DetachLink(entry.slot, entry.generation))
             entry.generation = None
         self.move(entry, ReplicaState.OFFLINE)
         if self.joining is not None and self.joining.target is entry:
@@ -361,27 +271,17 @@ class Volume:
             self.joining = None
         self._cleaning.discard(entry.slot)
 
-    def _on_resync_event(
-        self,
-        event: DirtyListed
-        | ChangedListed
-        | ResyncBegun
-        | RegionsPulled
-        | ResyncEnded
-        | Drained
-        | RegionWanted
-        | RegionDiverged,
-    ) -> None:
+    def _on_resync_event(self, event: ev.ResyncEvent) -> None:
         match event:
-            case Drained(token):
+            case ev.Drained(token):
                 self._on_drained(token)
                 return
-            case RegionWanted(region):
+            case ev.RegionWanted(region):
                 for part in (self.joining, self.reconcile):
                     if part is not None:
                         part.want(region)
                 return
-            case RegionDiverged(region):
+            case ev.RegionDiverged(region):
                 self._diverged.add(region)
                 if self.reconcile is not None:
                     self.reconcile.forget(region)
@@ -391,22 +291,22 @@ class Volume:
             return
         joining = self.joining if self.joining is not None and self.joining.target is entry else None
         match event:
-            case DirtyListed(regions=regions):
+            case ev.DirtyListed(regions=regions):
                 entry.dirty = regions
-            case ChangedListed(target=target, regions=regions):
+            case ev.ChangedListed(target=target, regions=regions):
                 if self.joining is not None and self.joining.target.slot == target:
                     self.joining.on_changed(entry, regions)
-            case ResyncBegun(slot):
+            case ev.ResyncBegun(slot):
                 if joining is not None:
                     joining.on_begun()
                 elif self.reconcile is not None:
                     self.reconcile.on_begun(slot)
-            case RegionsPulled(slot, _, regions, bytes_copied):
+            case ev.RegionsPulled(slot, _, regions, bytes_copied):
                 if joining is not None:
                     joining.on_pulled(regions, bytes_copied)
                 elif self.reconcile is not None:
                     self.reconcile.on_pulled(slot, regions, bytes_copied)
-            case ResyncEnded():
+            case ev.ResyncEnded():
                 if joining is not None:
                     joining.on_ended()
 
@@ -417,60 +317,60 @@ class Volume:
             slot, session = self._to_complete.pop(token)
             entry = self._current(slot, session)
             if entry is not None and entry.in_sync and entry.dirty:
-                self.act(CompleteRegions(slot, session, entry.dirty))
+                self.act(ev.CompleteRegions(slot, session, entry.dirty))
                 entry.dirty = ()
         if self.joining is not None:
             self.joining.on_drained(token)
         if self.reconcile is not None:
             self.reconcile.on_drained(token)
 
-    def _on_call_failed(self, event: CallFailed) -> None:
+    def _on_call_failed(self, event: ev.CallFailed) -> None:
         entry = self._current(event.slot, event.session)
         if event.code == StaleEpoch.code:
-            self._end(EXIT_FENCED, f"fenced by {self.entries[event.slot].id}")
+            self._end(ev.EXIT_FENCED, f"fenced by {self.entries[event.slot].id}")
             return
         if entry is None:
             return
         joining = self.joining
         match event.call:
-            case Call.CHANGED:
+            case ev.Call.CHANGED:
                 if joining is not None and joining.target.slot == event.other:
                     joining.on_changed_failed(entry)
                 return
-            case Call.PULL if event.code in SOURCE_CODES:
+            case ev.Call.PULL if event.code in SOURCE_CODES:
                 if joining is not None and joining.target is entry:
                     joining.on_source_failed(event.other, event.regions)
                 elif self.reconcile is not None:
                     self.reconcile.on_source_failed(event.slot, event.other, event.regions)
                 return
-            case Call.COMPLETE:
+            case ev.Call.COMPLETE:
                 self._log("complete_regions failed", replica=entry.id, reason=event.reason)
                 return
-            case Call.RESIZE if self._resize is not None and entry.in_sync:
+            case ev.Call.RESIZE if self._resize is not None and entry.in_sync:
                 entry.resizing = False
                 self._answer_resize(from_wire({"code": event.code, "message": f"{entry.id}: {event.reason}"}))
                 return
-            case Call.CLEAN:
+            case ev.Call.CLEAN:
                 self._cleaning.discard(event.slot)
                 return
         self._drop(entry, event.reason, no_space=event.code == "no_space")
 
-    def _on_timer(self, timer: Timer) -> None:
+    def _on_timer(self, timer: ev.Timer) -> None:
         match timer.kind:
-            case TimerKind.STRAGGLERS:
+            case ev.TimerKind.STRAGGLERS:
                 self.stragglers_waited = True
-            case TimerKind.PULL_RETRY:
+            case ev.TimerKind.PULL_RETRY:
                 self._retry_started = False
                 if self.joining is not None:
                     self.joining.forgive_sources()
                 if self.reconcile is not None:
                     self.reconcile.retry()
-            case TimerKind.STABLE:
+            case ev.TimerKind.STABLE:
                 entry = self.entries[timer.slot]
                 if entry.in_sync and entry.stable_number == timer.number:
                     entry.failures = 0
-            case TimerKind.DETACH:
-                self._end(EXIT_DETACHED, "detached without cleaning")
+            case ev.TimerKind.DETACH:
+                self._end(ev.EXIT_DETACHED, "detached without cleaning")
 
     # Upkeep: level-triggered, until nothing is left to do
 
@@ -557,7 +457,7 @@ class Volume:
             if target != ledger.latest.in_sync or (ledger.proposed is None and not ledger.opened):
                 record = ledger.propose(target)
                 self._log("record proposed", record=record.to_wire())
-                self.act(StoreRecord(record))
+                self.act(ev.StoreRecord(record))
         self._drive_proposal(ledger)
 
     def _joiner_to_record(self, ledger: Ledger) -> frozenset[str]:
@@ -589,7 +489,7 @@ class Volume:
 
     def _persist(self, entry: ReplicaEntry, record: MembershipRecord) -> None:
         entry.persisting = record.stamp
-        self.act(PersistRecord(entry.slot, entry.session, record))
+        self.act(ev.PersistRecord(entry.slot, entry.session, record))
 
     def _commit(self, ledger: Ledger) -> None:
         were = ledger.committed.in_sync if ledger.opened else frozenset[str]()
@@ -618,14 +518,14 @@ class Volume:
         assert joining is not None and joining.target is entry
         self.joining = None
         self._enter_in_sync(entry)
-        self.act(CompleteRegions(entry.slot, entry.session, joining.regions))
+        self.act(ev.CompleteRegions(entry.slot, entry.session, joining.regions))
 
     def _enter_in_sync(self, entry: ReplicaEntry) -> None:
         entry.reason = ""
         self.move(entry, ReplicaState.IN_SYNC)
         entry.stable_number += 1
-        timer = Timer(TimerKind.STABLE, entry.slot, entry.stable_number)
-        self.act(StartTimer(timer, STABLE_AFTER_S))
+        timer = ev.Timer(ev.TimerKind.STABLE, entry.slot, entry.stable_number)
+        self.act(ev.StartTimer(timer, STABLE_AFTER_S))
 
     def announce_members(self) -> None:
         """Tell the data plane whose answers count, when that changed."""
@@ -639,13 +539,13 @@ class Volume:
             self._set_members(members)  # who serves reads must be a member first
         if readers != self.readers:
             self.readers = readers
-            self.act(SetReaders(readers))
+            self.act(ev.SetReaders(readers))
         self._set_members(members)
 
     def _set_members(self, members: tuple[int, ...]) -> None:
         if members != self.members:
             self.members = members
-            self.act(SetMembers(members))
+            self.act(ev.SetMembers(members))
 
     def requires(self, entry: ReplicaEntry) -> bool:
         """Whether acknowledgements need it, connected or not."""
@@ -700,15 +600,15 @@ class Volume:
                 entry.reason = obstacle
             else:
                 self.move(entry, ReplicaState.ATTACHING)
-                self.act(ListDirty(entry.slot, entry.session))
-                self.act(AttachLink(entry.slot, entry.session, LinkMode.SYNC))
+                self.act(ev.ListDirty(entry.slot, entry.session))
+                self.act(ev.AttachLink(entry.slot, entry.session, ev.LinkMode.SYNC))
         self._reopen_if_stuck()
 
     def _complete_later(self, entry: ReplicaEntry) -> None:
         """A member came back. Once it has the unfinished writes, what it had dirty is equal everywhere."""
         token = self.next_token()
         self._to_complete[token] = (entry.slot, entry.session)
-        self.act(Barrier(token))
+        self.act(ev.Barrier(token))
 
     def _reopen_if_stuck(self) -> None:
         """All members were lost, and those that came back can't go on where they were: a new epoch starts
@@ -722,7 +622,7 @@ class Volume:
         certain = [entry for entry in back if not entry.suspect]
         unequal = any(self.reconcile is not None or not entry.vouched for entry in certain)
         if unequal or (not certain and len(back) == len(members)):
-            self._end(EXIT_REOPEN, "members came back without what they had")
+            self._end(ev.EXIT_REOPEN, "members came back without what they had")
 
     def _begin_serving(self) -> None:
         ledger = self.ledger
@@ -753,15 +653,15 @@ class Volume:
 
     # Resync and reconcile
 
-    def _start_reconcile(self, members: list[ReplicaEntry], regions: Regions) -> None:
+    def _start_reconcile(self, members: list[ReplicaEntry], regions: ev.Regions) -> None:
         if len(members) > 1 and regions:
             self._log("reconcile started", region_count=len(regions), source=members[0].id)
-            self.act(SetUnequal(regions))
+            self.act(ev.SetUnequal(regions))
             self.reconcile = Reconcile(self, members, regions)
             return
         for entry in members:
             # Also without regions: it is what clears a suspicion.
-            self.act(CompleteRegions(entry.slot, entry.session, regions))
+            self.act(ev.CompleteRegions(entry.slot, entry.session, regions))
 
     def _advance_resyncs(self) -> None:
         if self.phase not in (VolumePhase.SERVING, VolumePhase.DETACHING):
@@ -790,7 +690,7 @@ class Volume:
         if len(members) > 1:
             self._start_reconcile(members, regions)
         else:
-            self.act(RegionsEqual(regions))  # one copy is equal to itself
+            self.act(ev.RegionsEqual(regions))  # one copy is equal to itself
 
     def _start_joining(self) -> None:
         ledger = self.ledger
@@ -804,7 +704,7 @@ class Volume:
 
     # Resize
 
-    def _on_resize(self, event: ResizeAsked) -> None:
+    def _on_resize(self, event: ev.ResizeAsked) -> None:
         error: StorageError | None = None
         if self.phase is not VolumePhase.SERVING:
             error = BadRequest(reason=f"volume {self.spec.name} is {self.phase.value}")
@@ -815,7 +715,7 @@ class Volume:
         elif event.size_bytes > self.size_bytes:
             self._resize = event
             return
-        self.act(Reply(event.request, error))
+        self.act(ev.Reply(event.request, error))
 
     def _advance_resize(self) -> None:
         """Replicas grow first, then the volume: a write past a replica's end can't happen."""
@@ -823,19 +723,19 @@ class Volume:
         for entry in self.entries:
             if entry.claimed and entry.size_bytes < wanted_bytes and not entry.resizing:
                 entry.resizing = True
-                self.act(ResizeReplica(entry.slot, entry.session, wanted_bytes))
+                self.act(ev.ResizeReplica(entry.slot, entry.session, wanted_bytes))
         if self._resize is None or self.phase is not VolumePhase.SERVING:
             return
         required = self._required()
         needed = [e for e in self.entries if e.id in required or e.state in RESYNC_STATES]
         if all(entry.claimed and entry.size_bytes >= wanted_bytes for entry in needed):
             self.size_bytes = wanted_bytes
-            self.act(SetSize(wanted_bytes))
+            self.act(ev.SetSize(wanted_bytes))
             self._answer_resize(None)
 
     def _answer_resize(self, error: StorageError | None) -> None:
         if self._resize is not None:
-            self.act(Reply(self._resize.request, error))
+            self.act(ev.Reply(self._resize.request, error))
             self._resize = None
 
     # Detach and the end
@@ -843,16 +743,16 @@ class Volume:
     def _on_detach(self, request: int) -> None:
         self._detach_requests.append(request)
         if self.phase in (VolumePhase.INSPECTING, VolumePhase.CLAIMING, VolumePhase.RECORDING):
-            self._end(EXIT_DETACHED, "detached before it was open")
+            self._end(ev.EXIT_DETACHED, "detached before it was open")
         elif self.phase is VolumePhase.SERVING:
             if self.joining is not None:
                 self._drop(self.joining.target, "the volume is being detached")
             self._enter(VolumePhase.DETACHING)
             self._answer_resize(BadRequest(reason=f"volume {self.spec.name} is being detached"))
             self._detach_token = self.next_token()
-            self.act(Pause(True))
-            self.act(Barrier(self._detach_token))
-            self.act(StartTimer(Timer(TimerKind.DETACH), DETACH_DRAIN_WAIT_S))
+            self.act(ev.Pause(True))
+            self.act(ev.Barrier(self._detach_token))
+            self.act(ev.StartTimer(ev.Timer(ev.TimerKind.DETACH), DETACH_DRAIN_WAIT_S))
 
     def _advance_detach(self) -> None:
         if self.phase is VolumePhase.DETACHING and self._drained:
@@ -865,9 +765,9 @@ class Volume:
                 self._enter(VolumePhase.CLEANING)
                 self._cleaning = {entry.slot for entry in members}
                 for entry in members:
-                    self.act(CleanReplica(entry.slot, entry.session))
+                    self.act(ev.CleanReplica(entry.slot, entry.session))
         if self.phase is VolumePhase.CLEANING and not self._cleaning:
-            self._end(EXIT_DETACHED, "detached")
+            self._end(ev.EXIT_DETACHED, "detached")
 
     def _end(self, exit_code: int, reason: str) -> None:
         if self.ended:
@@ -875,13 +775,13 @@ class Volume:
         self._log("volume closed", exit_code=exit_code, reason=reason)
         self._enter(VolumePhase.ENDED)
         error: StorageError | None = None
-        if exit_code != EXIT_DETACHED:
+        if exit_code != ev.EXIT_DETACHED:
             error = StorageError(f"volume {self.spec.name}: {reason}")
         self._answer_resize(error or BadRequest(reason=f"volume {self.spec.name} was detached"))
         for request in self._detach_requests:
-            self.act(Reply(request, error))
+            self.act(ev.Reply(request, error))
         self._detach_requests.clear()
-        self.act(Stop(exit_code))
+        self.act(ev.Stop(exit_code))
 
     def check_invariants(self) -> None:
         if self.ended:

@@ -146,7 +146,7 @@ class ReplicaNotFound(StorageError):
 
 class ReplicaDamaged(StorageError):
     """The replica at {path} cannot be opened: {reason}. Its files are left as they are, and the volume's
-    other replicas serve; `dolmen replica ls` tells their state."""
+    other replicas serve; `dolmen replica rebuild` throws it away and fills it from them."""
 
     code = "replica_damaged"
 

@@ -1,10 +1,14 @@
 """Who may write to a replica, and what its metadata becomes: pure functions, no I/O.
 
-Each takes the metadata as it is on disk and returns what must be on disk before the caller answers; an
-equal value means that nothing needs writing. ``calls.py`` is the shell.
+Owns every change of a ReplicaMeta: each function takes the metadata as it is on disk and returns what must be
+on disk before the caller answers; an equal value means that nothing needs writing. Does not own the value and
+its durable write (``metadata.py``), or the order of write, fence and answer (``replicas.py``).
 
 An epoch is *open* between its claim and its detach. Only then are sessions and epoch-carrying calls of
 that epoch accepted (C11).
+
+Promises: epochs, records and ``synced_at`` never go back; a replica that may have lost acknowledged writes is
+suspect until a record names it *and* its dirty regions were made equal.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -459,6 +460,7 @@ static int wait_for_events(struct epoll_event *events, int events_max) {
                 e.spin_pause = 0;
                 return n;
             }
+            sched_yield(); /* whom we wait for may share this processor */
         } while (now_us() < until_us);
         e.spin_pause = e.spin_pause ? e.spin_pause * 2 : 1;
         if (e.spin_pause > SPIN_PAUSE_MAX) e.spin_pause = SPIN_PAUSE_MAX;

@@ -1,0 +1,1 @@
+"""The benchmarks' own arithmetic, records and pages, and the programs they drive."""

@@ -33,12 +33,12 @@ def result(iops: float, *, latency_us_p50: float = 100.0, latency_us_p99: float 
     )
 
 
-def use(cpu_s: float = 0.5, rss_mib: float = 10.0) -> Use:
+def use(cpu_s: float = 0.5, rss_mib: float = 10.0, other_cpu_s: float = 0.2) -> Use:
     return Use(
         seconds=1.0,
         cpu_s_by_role={"engine": cpu_s / 2, "replica": cpu_s / 2},
         client_cpu_s=0.1,
-        other_cpu_s=0.2,
+        other_cpu_s=other_cpu_s,
         stolen_s=0.0,
         rss_bytes_by_role={"engine": int(rss_mib * 2**20), "replica": int(rss_mib * 2**20)},
     )

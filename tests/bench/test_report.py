@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bench import report
 from bench.record import Record
-from tests.bench.synthetic import COMMIT, gauge, record
+from tests.bench.synthetic import COMMIT, gauge, record, use
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,21 @@ def test_json_has_cells_goals_and_gauges(invented: list[Record], tmp_path: Path)
     assert failed["failures"]
     assert {goal["verdict"] for goal in found["goals"]} >= {"reached", "not measured"}
     assert found["gauges"][0]["name"] == "stall-replica-killed"
+
+
+def test_a_run_on_a_busy_machine_says_so_first(invented: list[Record]) -> None:
+    assert report.warning(report.runs_of(invented)) == ""
+    busy = record("dolmen", "randwrite-qd1", 5.0, used=use(other_cpu_s=1.5))
+    assert "others used 1.5 of 2 processors" in report.warning([busy])
+
+
+def test_a_run_of_gauges_alone_shows_only_their_goals() -> None:
+    gauges: list[Record] = [
+        gauge("stall-replica-killed", 12.0, 300.0),
+        gauge("stall-engine-killed", failure="x"),
+    ]
+    text = io.StringIO()
+    report.print_tables(gauges, Console(file=text, width=250))
+    assert "client stall, replica killed, worst" in text.getvalue()
+    assert "random writes" not in text.getvalue()
+    assert report.draw(gauges)

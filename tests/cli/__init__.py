@@ -1,0 +1,1 @@
+"""The ``dolmen`` command as a person meets it: real processes, real exit codes."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.events import Event, PullRegions, TimerKind
-from engine.volume import VolumePhase
+from engine.phase import VolumePhase
 from protocol.frames import Status
 from tests.engine.simulation import Cluster
 

@@ -9,11 +9,12 @@ from engine.events import (
     DetachAsked,
     Fenced,
     PersistRecord,
+    PullRegions,
     ResizeAsked,
     TimerKind,
 )
+from engine.phase import VolumePhase
 from engine.replica_entry import ReplicaState
-from engine.volume import VolumePhase
 from protocol.errors import ShrinkRefused
 from protocol.frames import Status
 from tests.engine.simulation import GIB, Cluster
@@ -606,3 +607,70 @@ def test_a_replica_that_is_damaged_stays_out() -> None:
     cluster.settle()
     assert in_sync(cluster) == {"A", "B"}
     assert cluster.entry("C").reason == "injected"
+
+
+def test_a_pull_that_failed_half_way_never_undoes_a_newer_write() -> None:
+    # Regions 0 and 1 were pulled before the source failed. A write then reaches C before the source; to pull
+    # region 0 again, with nothing tracked, would put the source's older copy over it.
+    cluster = serving()
+    cluster.kill("C")
+    cluster.settle()
+    for region in range(4):
+        cluster.write(region)
+    cluster.settle(connect=False)
+    cluster.start("C")
+    cluster.settle(until=lambda: any(isinstance(call, PullRegions) for call in cluster.calls))
+    call = next(call for call in cluster.calls if isinstance(call, PullRegions))
+    assert call.regions == (0, 1, 2, 3)
+    source, target = cluster.replicas[call.source], cluster.replica("C")
+    assert not isinstance(cluster._pull(target, source, call.slot, call.session, (0, 1)), str)
+    cluster.run_call(cluster.calls.index(call), fail="source_failed")
+    newer = cluster.write(region=0)
+    cluster.loop.deliver(2)  # C has it, the source not yet
+    while cluster.calls or cluster.inbox:
+        if cluster.inbox:
+            cluster.run_event()
+        else:
+            cluster.run_call()
+    assert cluster.holds("C", newer)
+    cluster.fire(TimerKind.PULL_RETRY)
+    cluster.settle()
+    assert healthy(cluster)
+    assert target.content == source.content
+    cluster.check()
+
+
+def test_a_record_that_an_earlier_engine_left_at_one_replica_does_not_open_without_the_others() -> None:
+    # Epoch 1 proposed {B, C} and only B heard of it. Epoch 2 goes on with A and C while B and the state store
+    # are away. If its first record needed no store, B alone would later open as a member of {B, C}.
+    cluster = serving()
+    cluster.store_down()
+    cluster.cut("A")
+    cluster.settle(connect=False, until=lambda: cluster.replica("B").record.version == 2)
+    cluster.crash_engine()
+    assert cluster.replica("C").record.version == 1
+    cluster.kill("B")
+    cluster.store_alive = True
+    cluster.start_engine()
+    cluster.store_down()
+    cluster.open()
+    assert cluster.volume.phase is VolumePhase.RECORDING
+    assert cluster.loop.members == ()  # nothing is acknowledged before the store knows of epoch 2
+    cluster.check()
+    cluster.store_back()
+    cluster.settle()
+    write = cluster.write(region=1)
+    cluster.settle()
+    assert cluster.is_acked(write)
+    cluster.check()
+
+
+def test_a_region_that_diverges_again_while_it_is_made_equal_is_made_equal_again() -> None:
+    cluster = serving()
+    cluster.diverge(4)
+    cluster.settle(until=lambda: cluster.volume.reconcile is not None)
+    cluster.diverge(4)
+    cluster.settle()
+    assert not cluster.loop.unequal
+    assert len({replica.content.get((4, 0), 0) for replica in cluster.replicas}) == 1
+    cluster.check()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from protocol.errors import BadRequest, Unreachable
 from tests.faults.incident import Incident
 from tests.support.linearizability import BLOCK_BYTES, Value, encode_tag
 from tests.support.nbd_clients import ReconnectingClient
@@ -144,6 +145,36 @@ def test_a_damaged_replica_is_named_with_its_reason_and_the_others_serve(
     result = incident.verify()
     assert result["verdict"] == "incomplete", "two replicas are equal, the third cannot be compared"
     assert [replica["compared"] for replica in result["replicas"]] == [True, False, True]
+    with incident.load(seed=33):
+        rebuilt = incident.client.rebuild_replica(incident.name, victim)
+        assert victim in rebuilt["membership"]["in_sync"]
+    incident.check_healthy_and_equal()
+
+
+def test_only_a_replica_that_cannot_be_opened_is_thrown_away(incident: Incident) -> None:
+    victim, other, _ = incident.replica_ids
+    with ReconnectingClient(incident.uri) as client:
+        client.write(OFFSET, TEXT)
+    rebuild = incident.client.rebuild_replica
+    with pytest.raises(BadRequest, match="is open, only one that is damaged"):
+        rebuild(incident.name, victim)
+    with pytest.raises(BadRequest, match="has no replica"):
+        rebuild(incident.name, "nobody")
+    incident.kill_and_keep_down(other)
+    with pytest.raises(Unreachable, match="is stopped"):
+        rebuild(incident.name, other)
+    truncated_map(incident.directory_of(other))
+    incident.client.detach(incident.name)
+    incident.start(other)
+    incident.wait_for("the damage to be seen", lambda: "/map: it has" in incident.replica(other)["reason"])
+    with pytest.raises(BadRequest, match=r"is detached.*volume attach"):
+        rebuild(incident.name, other)
+    incident.client.attach(incident.name)
+    incident.wait_until_left_out(other)
+    assert "in sync" in incident.dolmen.dolmen("replica", "rebuild", incident.name, other).stdout
+    with ReconnectingClient(incident.uri) as client:
+        assert client.read(OFFSET, BLOCK_BYTES) == TEXT
+    incident.check_healthy_and_equal()
 
 
 def test_a_replica_damaged_while_the_volume_was_detached_is_left_out_at_the_next_attach(

@@ -61,7 +61,7 @@ def test_codes_are_unique_lower_case_words() -> None:
 def test_a_paragraph_of_several_lines_is_one_message() -> None:
     assert str(ReplicaDamaged(path="/d", reason="torn")) == (
         "The replica at /d cannot be opened: torn. Its files are left as they are, and the volume's "
-        "other replicas serve; `dolmen replica ls` tells their state."
+        "other replicas serve; `dolmen replica rebuild` throws it away and fills it from them."
     )
     assert str(StaleEpoch(volume="v", offered=1, current=2)) == "volume v: epoch 1 is older than 2"
 

@@ -2,7 +2,8 @@
 //! process. `cargo run --release --example engine_speed -- [seconds] [case]`
 //!
 //! The CPU of the loop thread per request is the figure to watch: replicas here only verify nothing
-//! and answer, so IOPS say little. GOALS.md: about 14 µs per 4 KiB write at queue depth 32.
+//! and answer, so IOPS say little. About 14 µs per 4 KiB write at queue depth 32 leaves room for the
+//! goal of bench/goals.py, which is a ratio to the ceiling program.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};

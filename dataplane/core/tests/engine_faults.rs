@@ -265,6 +265,22 @@ fn in_an_unequal_region_all_but_whole_blocks_wait_in_order() {
 }
 
 #[test]
+fn a_read_that_came_before_its_region_was_known_to_be_unequal_waits_all_the_same() {
+    let mut rig = Rig::new(SIZE, 2);
+    let mut client = rig.client();
+    rig.engine.set_readers(&[]).expect("open");
+    rig.settle();
+    let read = client.send(READ, 0, REGION, 4096, &[]);
+    rig.settle();
+    rig.engine.set_unequal(vec![1]).expect("open");
+    rig.engine.set_readers(&[0, 1]).expect("open");
+    rig.event("region_wanted", |event| *event == Event::RegionWanted { region_index: 1 });
+    assert!(!client.has_reply_within(MOMENT), "no replica may answer yet");
+    rig.engine.regions_equal(vec![1], u64::MAX).expect("open");
+    assert!(client.read_among(read, REGION, 4096, &[]) == vec![0; 4096]);
+}
+
+#[test]
 fn a_partial_write_waits_for_its_region_and_nothing_overtakes_it() {
     let mut rig = Rig::new(SIZE, 2);
     let mut client = rig.client();

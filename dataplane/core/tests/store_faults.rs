@@ -5,13 +5,14 @@ mod common;
 use std::path::Path;
 
 use common::disk::{Loss, MemoryDisk, MemoryFile};
-use common::{block, blocks, write_payload, BLOCK, REGION, SIZE};
+use common::{block, blocks, write_payload, BLOCK, REGION};
 use dolmen_core::replica::error::{ErrorKind, StoreError};
 use dolmen_core::replica::flush::Clean;
 use dolmen_core::replica::format::{chunk_at, record_at, Stamp};
 use dolmen_core::replica::recovery::{create_store, open_store, OpenOptions, Opened};
 use dolmen_core::replica::store::{regions_of, Store, StoreEvent};
 
+const SIZE: u64 = 3 * REGION;
 const STAMP: Stamp = Stamp { epoch: 1, version: 1 };
 
 fn open(disk: &MemoryDisk, chain: &[&str]) -> (Store<MemoryFile>, Opened) {
@@ -77,7 +78,7 @@ fn a_disk_without_room_for_metadata_refuses_before_anything_is_applied() {
         let (disk, mut store) = fresh();
         write(&mut store, 0, &block(1)).unwrap();
         disk.fill_up(file, 0);
-        let far = 9 * REGION / BLOCK as u64;
+        let far = 2 * REGION / BLOCK as u64;
         assert_eq!(write(&mut store, far, &block(2)).unwrap_err().kind, ErrorKind::NoSpace, "{file}");
         assert_eq!(read(&mut store, far).unwrap(), vec![0; BLOCK]);
         store.check_alive().unwrap();

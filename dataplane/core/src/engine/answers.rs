@@ -260,6 +260,10 @@ impl Shell {
         }
         self.slot_stats[slot].latency_us_sum += self.now_us.saturating_sub(sent_at_us);
         let ok = header.status == status::OK;
+        // Its region diverged while it was under way: what this replica says may not be what remains.
+        if self.park_at_gate(key) {
+            return Ok(());
+        }
         match self.reads[key].job {
             ReadJob::Data { request } => self.on_data(key, request, ok, payload),
             ReadJob::Fix { fix } => self.on_fix(key, fix, ok, payload),
@@ -372,7 +376,7 @@ impl Shell {
         each(self.readers & self.attached).any(|slot| self.links[slot].as_ref().is_some_and(|l| l.sync))
     }
 
-    /// Ask for a hint or for data without waiting for a region.
+    /// Enter a read and ask for it.
     pub(super) fn start_read(&mut self, op: ReadOp) {
         let key = self.reads.insert(op);
         self.issue(key);

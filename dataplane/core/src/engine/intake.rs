@@ -327,7 +327,7 @@ impl Shell {
         while at < end {
             let piece = plan::cut_read(at, end);
             self.requests[key].pending += 1;
-            self.submit_read(ReadOp::new(ReadJob::Data { request: key }, piece.offset, piece.length));
+            self.start_read(ReadOp::new(ReadJob::Data { request: key }, piece.offset, piece.length));
             at = piece.end();
         }
     }
@@ -348,7 +348,7 @@ impl Shell {
         let request = &mut self.requests[key];
         let piece = plan::cut_status(request.offset, request.end, !self.regions.is_quiet());
         request.pending += 1;
-        self.submit_read(ReadOp::new(ReadJob::Status { request: key }, piece.offset, piece.length));
+        self.start_read(ReadOp::new(ReadJob::Status { request: key }, piece.offset, piece.length));
     }
 
     fn begin_trim(&mut self, key: u32) {

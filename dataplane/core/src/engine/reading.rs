@@ -78,19 +78,38 @@ impl Shell {
         }
     }
 
-    /// Issue a read unless its region must be made equal first.
-    pub(super) fn submit_read(&mut self, op: ReadOp) {
-        if !self.regions.is_quiet() {
-            let region = (op.offset / REGION_BYTES) as u32;
-            if self.regions.must_wait(region, Touch::Read) {
-                self.park(region, Touch::Read, Parked::Read(op));
-                return;
-            }
+    /// The region a client's read must wait for, if any: until it is equal, replicas may answer
+    /// differently, and the first answer would bind all later ones (C9).
+    fn gate(&self, key: u32) -> Option<u32> {
+        if self.regions.is_quiet() {
+            return None;
         }
-        self.start_read(op);
+        let op = &self.reads[key];
+        match op.job {
+            ReadJob::Data { .. } | ReadJob::Fix { .. } | ReadJob::Status { .. } => {}
+            ReadJob::Cache { .. } | ReadJob::Repair => return None,
+        }
+        let last = (op.offset + op.length - 1) / REGION_BYTES;
+        (op.offset / REGION_BYTES..=last)
+            .map(|region| region as u32)
+            .find(|region| self.regions.must_wait(*region, Touch::Read))
     }
 
+    /// Keep a read until its region is equal. True if it must wait.
+    pub(super) fn park_at_gate(&mut self, key: u32) -> bool {
+        let Some(region) = self.gate(key) else { return false };
+        let Some(mut op) = self.reads.remove(key) else { return false };
+        op.id = 0;
+        self.park(region, Touch::Read, Parked::Read(op));
+        true
+    }
+
+    /// Ask a replica, now or as soon as one may answer. The gate is looked at each time: a read may have
+    /// come before anybody knew that its region is unequal, or may have to be asked again since.
     pub(super) fn issue(&mut self, key: u32) {
+        if self.park_at_gate(key) {
+            return;
+        }
         let tried = self.reads[key].tried;
         match self.choose_reader(tried) {
             Choice::Slot(slot) => self.send_read(key, slot),

@@ -409,7 +409,7 @@ impl Shell {
             for parked in queue {
                 match parked {
                     Parked::Mutation(mutation) => self.submit(mutation),
-                    Parked::Read(op) => self.submit_read(op),
+                    Parked::Read(op) => self.start_read(op),
                 }
             }
         }
