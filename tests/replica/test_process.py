@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -104,7 +105,7 @@ def test_every_answered_claim_and_record_survives_kills_at_any_moment(server: Se
             pending = asyncio.ensure_future(client.claim(VOLUME, epoch=epoch + 1, engine_id="A"))
             await asyncio.sleep(0)
             server.kill()
-            with pytest.raises(StorageError):
+            with contextlib.suppress(StorageError):  # a fast server may have answered before it died
                 await pending
         return epoch + 1
 
