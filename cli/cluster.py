@@ -24,6 +24,12 @@ READY_TIMEOUT_S = 60.0
 DOWN_TIMEOUT_S = 90.0
 """Engines detach (20 s at most), then replica servers flush (20 s at most)."""
 
+NODES_DEFAULT = 3
+NODES_MAX = 16
+"""As ``control.model.NODES_MAX``, which takes long to import."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 POLL_S = 0.02
 STOP_POLL_S = 0.2
 EXIT_ALREADY_RUNNING = 5
@@ -32,9 +38,14 @@ EXIT_ALREADY_RUNNING = 5
 @user_errors
 def up(
     directory: DirOption = None,
-    nodes: Annotated[int, typer.Option(help="Local nodes, 1 to 16; never fewer than there were.")] = 3,
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, max=NODES_MAX, help="Local nodes; never fewer than there were. [default: 3]"),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when all is ready.")] = False,
-    port: Annotated[int, typer.Option(help="TCP port of the REST API on 127.0.0.1; 0: a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="TCP port of the REST API on 127.0.0.1; 0: a free one.")
+    ] = 0,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Run a local cluster: the daemon and its replica servers. Repeating it is harmless.
@@ -42,14 +53,35 @@ def up(
     Without --detach it runs until Ctrl-C, which stops everything.
     """
     client = Client(directory or default_dir())
-    daemon = start_daemon(client, nodes, port)
+    came: list[int] = []
+    if not detach:
+        # A daemon that starts at that moment must be known before it can be stopped.
+        handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in STOP_SIGNALS}
+    daemon = start_daemon(client, nodes or NODES_DEFAULT, port)
     if daemon is not None and not detach:
-        _run_in_foreground(client, daemon, output)
+        _run_in_foreground(client, daemon, output, came)
         return
+    if not detach:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            raise KeyboardInterrupt
     wait_ready(client, daemon)
     _show_up(client, output, already=daemon is None)
-    if daemon is None and len(client.nodes()) < nodes:
+    _say_ignored(client, nodes, port, already=daemon is None)
+
+
+def _say_ignored(client: Client, nodes: int | None, port: int, *, already: bool) -> None:
+    """What was asked for and is not so."""
+    status = client.status()
+    count = len(status["nodes"])
+    if already and nodes is not None and count < nodes:
         note(f"for {nodes} nodes: `dolmen down`, then `dolmen up --nodes {nodes}`")
+    address = status["daemon"]["tcp_address"]
+    if already and port and not address.endswith(f":{port}"):
+        note(f"--port {port} is ignored, it runs on {address}: `dolmen down`, then `dolmen up --port {port}`")
+    if nodes is not None and count > nodes:
+        note(f"--nodes {nodes} is ignored: there are {count} nodes, and they never get fewer")
 
 
 def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[bytes] | None:
@@ -57,13 +89,11 @@ def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[
     from control.leftovers import DAEMON_ARGUMENTS, is_daemon_running
     from control.processes import rotate
 
-    if not 1 <= nodes <= 16:
-        raise typer.BadParameter("1 to 16 nodes", param_hint="--nodes")
     if is_daemon_running(client.layout):
         return None
     client.layout.prepare()
     rotate(client.layout.daemon_log)
-    with open(client.layout.daemon_log, "ab") as log:
+    with open(client.layout.daemon_log, "ab", opener=_private) as log:
         return subprocess.Popen(
             [
                 *(sys.executable, *DAEMON_ARGUMENTS, "--dir", os.fspath(client.layout.dir)),
@@ -75,6 +105,10 @@ def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[
             cwd=client.layout.dir,
             start_new_session=True,
         )
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def wait_ready(client: Client, daemon: subprocess.Popen[bytes] | None) -> None:
@@ -105,9 +139,15 @@ def _why_it_ended(log: Path) -> tuple[str, str]:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    last = lines[-1] if lines else "it wrote nothing"
+    said = [line for line in lines if line.strip(" |+-^~")]
+    last = said[-1].lstrip(" |+-") if said else "it wrote nothing"
     reason = re.search(r'reason="((?:[^"\\]|\\.)*)"', last)
-    return f"the daemon ended: {reason[1] if reason else last}", f"its log has more: {log}"
+    # A record with a traceback is one line, its line breaks written as \n: only the exception is for people.
+    trace = re.split(r"\\n", reason[1] if reason else last)
+    words = [part for part in (line.strip(' |+-^~"') for line in trace) if part]
+    why = words[-1] if words else last
+    why = re.sub(r"^(?:\w+\.)+\w+: ", "", why).removeprefix("The request is not valid: ")
+    return f"the daemon ended: {why}", f"its log has more: {log}"
 
 
 def _show_up(client: Client, output: Output, *, already: bool) -> None:
@@ -127,20 +167,25 @@ def _show_up(client: Client, output: Output, *, already: bool) -> None:
         note("next: dolmen volume create data --size 2GiB")
 
 
-def _run_in_foreground(client: Client, daemon: subprocess.Popen[bytes], output: Output) -> None:
-    """Until Ctrl-C or SIGTERM, which stop everything, also while it starts."""
+def _run_in_foreground(
+    client: Client, daemon: subprocess.Popen[bytes], output: Output, came: list[int]
+) -> None:
+    """Until Ctrl-C or SIGTERM, which stop everything, also while it starts. ``came``: signals before."""
 
     def interrupted(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupted)
     try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, interrupted)
+        if came:
+            raise KeyboardInterrupt
         wait_ready(client, daemon)
         _show_up(client, output, already=False)
         note("running in the foreground; Ctrl-C stops everything")
         code = daemon.wait()
     except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         note("stopping everything")
         stop_started(client, daemon)
@@ -225,5 +270,7 @@ def status(directory: DirOption = None, output: OutputOption = Output.TABLE) -> 
     show_nodes(view["nodes"])
     print()
     show_table(("VOLUME", "SIZE", "STATE", "IN SYNC", "EPOCH", "NBD URI"), map(row, view["volumes"]))
+    if not view["volumes"]:
+        note("no volumes yet; next: dolmen volume create NAME --size 2GiB")
     for volume in view["volumes"]:
         show_conditions(volume["conditions"], indent=f"{volume['name']}: ")

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -333,7 +334,10 @@ def run() -> int:
         demo.play()
         code = Exit.OK
     except KeyboardInterrupt:
+        code = Exit.INTERRUPTED
         console.print("\n[yellow]interrupted[/]")
+    except typer.Exit:  # the cluster did not get ready: that was said already
+        _show_logs(console, demo.client)
     except (DemoFailed, StorageError, OSError) as error:
         console.print(f"\n[bold red]the demo failed:[/] {error}")
         _show_logs(console, demo.client)

@@ -1,82 +1,23 @@
-"""The ``dolmen`` command: which commands there are, and what the first page of help says.
+"""The console script ``dolmen``: nothing but the way into ``cli/commands.py``.
 
-Does not own what a command does: that is in the modules beside it.
-
-Promises: starts fast: what only one command needs (demo, bench, rich, asyncio) is imported when it runs.
+Promises: Ctrl-C ends with one line and exit code 130 at any moment, also while the commands are imported,
+which takes most of a short command's time. So nothing is imported here that takes time.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import Any
 
-import typer
-from typer.core import TyperGroup
-
-from cli import cluster, node, replica, volume
-from cli.output import EXIT_CODES, Exit, user_errors
-
-
-class LazyBench(TyperGroup):
-    """``dolmen bench`` imports its tools only when it is used."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        if name == "bench":
-            from cli.bench import app as bench_app
-
-            command = typer.main.get_command(bench_app)
-        return name, command, rest
-
-
-app = typer.Typer(
-    name="dolmen",
-    cls=LazyBench,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Dolmen: replicated block storage. One volume, carried by its replicas.",
-    epilog=EXIT_CODES
-    + " First steps: `dolmen demo`; or `dolmen up --detach`, `dolmen volume create data --size 2GiB`, "
-    "`dolmen volume attach data`.",
-)
-app.command("up")(cluster.up)
-app.command("down")(cluster.down)
-app.command("status")(cluster.status)
-app.add_typer(volume.app, name="volume")
-app.add_typer(replica.app, name="replica")
-app.add_typer(node.app, name="node")
-
-
-@app.command("demo")
-@user_errors
-def demo() -> None:
-    """Show the main job: a replicated volume loses a replica and nobody notices. Leaves nothing behind."""
-    from cli.demo import run
-
-    raise typer.Exit(run())
-
-
-@app.command("bench", help="Measure beside other systems.", context_settings={"ignore_unknown_options": True})
-def bench() -> None:
-    raise AssertionError("answered by LazyBench")
-
-
-@app.command("version")
-def show_version() -> None:
-    """Print the version."""
-    from control import version
-
-    print(version())
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT, as shells count. ``cli.output.Exit`` has it too."""
 
 
 def main() -> None:
-    """The console script."""
     try:
+        from cli.commands import app
+
         app()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(int(Exit.FAILED))
+        sys.exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def show_nodes(views: list[dict[str, Any]]) -> None:
         ),
     )
     for view in views:
-        show_conditions(view["conditions"], indent=f"{view['name']}: ")
+        show_conditions(view["conditions"], indent=f"{view['name']} is {view['state']}: ")
 
 
 @app.command("stop")

@@ -30,11 +30,13 @@ class Exit(IntEnum):
     NO_DAEMON = 3  # no daemon answers
     DIFFERENT = 4  # a verification found damage or a difference
     UNFINISHED = 5  # accepted and still being worked on, or not everything could be checked
+    INTERRUPTED = 130  # by Ctrl-C; not of `dolmen up`, which Ctrl-C ends as it should: 0
 
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed; 2 usage; 3 no daemon answers; "
-    "4 verification found a difference; 5 accepted but not finished."
+    "4 verification found a difference; 5 accepted but not finished; 130 interrupted by Ctrl-C "
+    "(but 0 from `dolmen up`, which it stops)."
 )
 
 
@@ -70,6 +72,9 @@ def user_errors(command: Callable[P, None]) -> Callable[P, None]:
             what, next_step = split_advice(error)
             code = Exit.NO_DAEMON if isinstance(error, DaemonUnreachable) else Exit.FAILED
             fail(what, next_step, code)
+        except KeyboardInterrupt:
+            note("interrupted")
+            raise typer.Exit(int(Exit.INTERRUPTED)) from None
         except BrokenPipeError:
             sys.stderr.close()  # `dolmen volume ls | head`: nobody reads on
             raise typer.Exit(int(Exit.OK)) from None
@@ -83,6 +88,7 @@ ADVICE = {
     "timeout": "`dolmen status` shows what it waits for; repeating the command is harmless",
     "unreachable": "`dolmen status` shows which process does not answer",
     "conflict": "try again",
+    "shrink_refused": "`dolmen volume ls` shows sizes; for a smaller volume, create another and copy to it",
     "internal": "look into daemon.log in the cluster's directory",
 }
 """For errors whose message has no next step of its own."""
@@ -113,7 +119,8 @@ def note(text: str) -> None:
 
 def show_conditions(conditions: Iterable[dict[str, Any]], *, indent: str = "") -> None:
     for condition in conditions:
-        who = " (an operator must act)" if condition["who"] == "operator" else ""
+        act = condition["who"] == "operator" and "`" not in condition["waits_for"]
+        who = " (an operator must act)" if act else ""
         since = f", since {condition['since']}" if condition["since"] else ""
         print(f"{indent}waits for {condition['waits_for']}{since}{who}")
 
@@ -124,8 +131,8 @@ def waiting_texts(view: dict[str, Any]) -> list[str]:
     return [" ".join(f"{key} {value}" for key, value in item.items()) for item in waiting]
 
 
-def fail_unfinished(what: str, view: dict[str, Any]) -> NoReturn:
+def fail_unfinished(what: str, view: dict[str, Any], next_step: str = "") -> NoReturn:
     """The goal is written down and being worked on, but not reached yet."""
     reasons = [condition["waits_for"] for condition in view["conditions"]] + waiting_texts(view)
-    next_step = f"`dolmen volume show {view['name']}` shows how far it is; repeating the command is harmless"
-    fail(f"{what}: waits for {'; '.join(reasons) or 'its engine'}", next_step, Exit.UNFINISHED)
+    show = f"`dolmen volume show {view['name']}` shows how far it is; repeating the command is harmless"
+    fail(f"{what}: waits for {'; '.join(reasons) or 'its engine'}", next_step or show, Exit.UNFINISHED)

@@ -22,6 +22,7 @@ from cli.output import (
     OutputOption,
     fail,
     fail_unfinished,
+    note,
     show_json,
     show_table,
     user_errors,
@@ -48,6 +49,8 @@ def ls(
     if output is Output.JSON:
         show_json(views)
         return
+    if not views:
+        note("no replicas yet; next: dolmen volume create NAME --size 2GiB")
     show_table(
         ("VOLUME", "REPLICA", "NODE", "PID", "STATE", "RESYNC", "PATH", "REASON"),
         (
@@ -158,6 +161,8 @@ def verdict_text(result: dict[str, Any]) -> str:
             where = f"; regions that differ: {listed}" if listed else ""
             count = result["regions_different_count"]
             return f"DIFFERENT: {damaged} damaged blocks, {count} regions differ{where}"
+        case _ if compared < 2:
+            return f"incomplete: {compared} replica{'s' * (compared != 1)} read, nothing to compare with"
         case _:
             busy = result["regions_busy_count"]
             why = f"; {busy} regions were written at every look" if busy else ""

@@ -15,8 +15,10 @@ import typer
 
 from cli.output import (
     DirOption,
+    Exit,
     Output,
     OutputOption,
+    fail,
     fail_unfinished,
     note,
     show_conditions,
@@ -26,8 +28,10 @@ from cli.output import (
     waiting_texts,
 )
 from control.client import Client, default_dir
+from control.names import check_name
 from control.sizes import format_size, parse_size
 from protocol.errors import StorageError, VolumeNotFound
+from protocol.limits import REPLICAS_MAX
 
 SERVING = ("healthy", "degraded", "waiting")
 
@@ -51,12 +55,15 @@ NameArgument = Annotated[str, typer.Argument(help="The volume's name.", autocomp
 @user_errors
 def create(
     name: Annotated[str, typer.Argument(help="Lower-case letters, digits and '-', at most 63.")],
-    size: Annotated[str, typer.Option(help="For example 2GiB, 500M or a number of bytes.")],
-    replicas: Annotated[int, typer.Option(help="Copies, each on another node, 1 to 5.")] = 3,
+    size: Annotated[
+        str, typer.Option(help="For example 2GiB, 500M or a number of bytes; from 4 MiB to 64 TiB.")
+    ],
+    replicas: Annotated[int, typer.Option(min=1, max=REPLICAS_MAX, help="Copies, each on another node.")] = 3,
     directory: DirOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Create a volume. Repeating it is harmless."""
+    check_name(name)
     view = Client(directory or default_dir()).create_volume(name, parse_size(size), replicas)
     if view["state"] == "creating":
         fail_unfinished(f"volume {name} is being created", view)
@@ -176,26 +183,41 @@ def attach(
 def detach(
     name: NameArgument,
     force: Annotated[
-        bool, typer.Option("--force", help="Do not wait for replicas; writes never acknowledged may be lost.")
+        bool, typer.Option("--force", help="Do not wait for replicas; what was not acknowledged is dropped.")
     ] = False,
     directory: DirOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Flush and detach a volume. Repeating it is harmless."""
-    view = Client(directory or default_dir()).detach(name, force=force)
+    """Flush and detach a volume. Repeating it is harmless.
+
+    While I/O waits for replicas nothing can be flushed: then it exits 5, and is finished by itself when they
+    are back. With --force it is detached at once: what was not acknowledged is dropped, and the next attach
+    makes the replicas equal again.
+    """
+    client = Client(directory or default_dir())
+    was_attached = client.volume(name)["state"] not in ("detached", "creating", "deleting")
+    view = client.detach(name, force=force)
     if view["state"] in (*SERVING, "detaching", "attaching"):
+        waits = [c["waits_for"] for c in view["conditions"] if c["reason"] == "detach_waiting"]
+        if waits:
+            who, _, next_step = waits[0].partition(". ")
+            fail(f"volume {name} is not detached yet: it waits for {who}", next_step, Exit.UNFINISHED)
         fail_unfinished(f"volume {name} is {view['state']}", view)
     if output is Output.JSON:
         show_json(view)
-    else:
-        print(f"volume {name}: {view['state']}")
+        return
+    print(f"volume {name}: {view['state']}")
+    if force and was_attached:
+        note("what was not acknowledged is dropped; the next attach makes the replicas equal again")
 
 
 @app.command("resize")
 @user_errors
 def resize(
     name: NameArgument,
-    size: Annotated[str, typer.Argument(help="The new size, for example 4GiB. Never smaller.")],
+    size: Annotated[
+        str, typer.Argument(help="The new size, for example 4GiB, at most 64 TiB. Never smaller.")
+    ],
     directory: DirOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -228,7 +250,8 @@ def rm(
             raise
         answer = {"gone": True, "volume": None}
     if not answer["gone"]:
-        fail_unfinished(f"volume {name} is being removed", answer["volume"])
+        again = f"it goes on by itself; `dolmen volume rm {name} --missing-ok` waits for its end"
+        fail_unfinished(f"volume {name} is being removed", answer["volume"], again)
     if output is Output.JSON:
         show_json(answer)
     else:

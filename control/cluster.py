@@ -22,7 +22,7 @@ import structlog
 from control.documents import Document, Store, update
 from control.engines import EngineSlot
 from control.errors import NodeNotFound, ShuttingDown
-from control.executor import VolumeController, change_volume_spec
+from control.executor import DETACH_WAITING, VolumeController, change_volume_spec
 from control.layout import Layout
 from control.links import Link
 from control.model import (
@@ -305,9 +305,13 @@ class Cluster:
                 # The controller may be waiting for a clean detach that cannot end; this ends it.
                 await self.slots[name].end()
                 self._controllers[name].retry_now()
-        return await self._view_when(
-            name, lambda v: v.state not in SERVING | {VolumeState.DETACHING, VolumeState.ATTACHING}, wait_s
-        )
+
+        def reached(view: VolumeView) -> bool:
+            if any(condition.reason == DETACH_WAITING for condition in view.conditions):
+                return not force  # it waits for an operator: no use in waiting with it
+            return view.state not in SERVING | {VolumeState.DETACHING, VolumeState.ATTACHING}
+
+        return await self._view_when(name, reached, wait_s)
 
     async def resize_volume(self, name: str, size_bytes: int, *, wait_s: float) -> VolumeView:
         async with self._lock(name):

@@ -26,7 +26,7 @@ from control.links import Link, engine_link
 from control.listeners import listen_tcp, listen_unix
 from control.processes import Process, Programs, Running, adopt, find, spawn
 from control.reconcile import EngineSeen
-from protocol.errors import StorageError
+from protocol.errors import NotEnoughReplicas, StorageError
 
 HELLO_INTERVAL_S = 0.02
 """How often a starting engine is asked until it answers: part of the pause a client sees only when
@@ -42,6 +42,9 @@ after two of them in a row the next one waits. Longer would slow down one that o
 RESTART_WAIT_FIRST_S = 0.1
 RESTART_WAIT_MAX_S = 1.0
 """The contract wants I/O within 2 s after a kill, so a crash loop is slowed only this much."""
+
+VOLUME_WAITING = "waiting"
+"""An engine's word for: I/O waits for replicas."""
 
 STOP_GRACE_S = 5.0
 DETACH_TIMEOUT_S = 60.0
@@ -254,10 +257,12 @@ class EngineSlot:
         self._epoch, self._size_bytes, self._answering = None, None, False
 
     async def detach(self) -> None:
-        """Flush, clean, end. Returns when the process has ended. Raises what the engine answers."""
+        """Flush, clean, end. Returns when the process has ended. Raises what the engine answers, and
+        NotEnoughReplicas while I/O waits: then nothing can be flushed, and nothing was asked for."""
         process, link = self._process, self._link
         if process is None or link is None:
             return
+        await self._refuse_if_waiting(link)
         self._ending_on_purpose = True
         try:
             await link.call("engine.detach", timeout_s=DETACH_TIMEOUT_S)
@@ -270,6 +275,21 @@ class EngineSlot:
         except TimeoutError:
             self._log.warning("engine lingered after a detach", pid=process.pid)
             await process.kill()
+
+    async def _refuse_if_waiting(self, link: Link) -> None:
+        try:
+            said = await link.call("engine.status", timeout_s=PING_TIMEOUT_S)
+        except StorageError:
+            return  # engine.detach meets the same, and says why
+        if isinstance(said, dict) and said.get("state") == VOLUME_WAITING:
+            # For a moment, while a loss is recorded, it names nobody; then those that are gone.
+            waits = [w for w in said.get("waiting_for") or () if isinstance(w, dict)]
+            gone = [
+                r for r in said.get("replicas") or () if isinstance(r, dict) and r.get("state") != "in_sync"
+            ]
+            missing = [str(w["replica"]) for w in waits if "replica" in w]
+            missing = missing if waits else [str(replica.get("id")) for replica in gone]
+            raise NotEnoughReplicas(volume=self.name, missing=missing)
 
     async def end(self) -> None:
         """SIGTERM, then SIGKILL. Nothing acknowledged is lost: an engine has no volatile cache."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from control.model import (
     Volume,
     VolumeSpec,
     VolumeStatus,
+    Who,
     dump,
 )
 from control.reconcile import (
@@ -54,7 +55,7 @@ from control.reconcile import (
     StartEngine,
     plan,
 )
-from protocol.errors import Conflict, StorageError, Unreachable
+from protocol.errors import Conflict, NotEnoughReplicas, StorageError, Unreachable
 
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 5.0
@@ -69,6 +70,12 @@ PLANS_IN_A_ROW_MAX = 100
 controller then goes slowly instead of spinning."""
 
 BUG_WAIT_S = 5.0
+
+DETACH_WAITING = "detach_waiting"
+"""The reason of the condition: a detach cannot flush, because I/O waits for replicas."""
+
+WAITING_SAID_AFTER_TRIES = 4
+"""After 1.4 s: I/O also waits for moments whenever a replica is lost, and that is not worth a word."""
 
 
 class Nodes(Protocol):
@@ -85,7 +92,7 @@ class Nodes(Protocol):
 
 @dataclass(slots=True)
 class _Failure:
-    reason: str
+    error: StorageError | OSError
     tries: int
     not_before_s: float
 
@@ -188,11 +195,29 @@ class VolumeController:
         """Take out of the plan what failed a moment ago, and say so."""
         self._failures = {a: f for a, f in self._failures.items() if a in made.actions}
         for action, failure in self._failures.items():
-            made.wait("retrying", f"{_describe(action)} (tried {failure.tries} times: {failure.reason})")
+            self._say(made, action, failure)
             wait_s = failure.not_before_s - self._now()
             if wait_s > 0:
                 made.actions.remove(action)
                 made.wake(wait_s)
+
+    def _say(self, made: Plan, action: Action, failure: _Failure) -> None:
+        error = failure.error
+        if isinstance(error, NotEnoughReplicas) and failure.tries >= WAITING_SAID_AFTER_TRIES:
+            made.wait(DETACH_WAITING, self._who_is_missing(error.fields["missing"]), Who.OPERATOR)
+        else:
+            made.wait("retrying", f"{_describe(action)} (tried {failure.tries} times: {error})")
+
+    def _who_is_missing(self, missing: Sequence[str]) -> str:
+        """Of a detach that has to wait: for whom, and what to do."""
+        assert self.volume is not None
+        places = [place for place in self.volume.spec.replicas if place.id in missing]
+        who = ", ".join(f"replica {place.id} on {place.node}" for place in places) or "the state store"
+        states = self._nodes.states()
+        stopped = [place.node for place in places if states.get(place.node) is NodeState.STOPPED]
+        start = " and ".join(f"`dolmen node start {node}`" for node in stopped)
+        force = f"`dolmen volume detach {self.name} --force`, which drops what was not acknowledged"
+        return f"{who}. {f'Start what is stopped ({start})' if start else 'It is finished then'}, or {force}"
 
     async def _note(self, conditions: list[Condition]) -> None:
         """Keep the conditions in the document, with the time they were first seen."""
@@ -217,7 +242,7 @@ class VolumeController:
         except (StorageError, OSError) as error:
             tries = self._failures[action].tries + 1 if action in self._failures else 1
             wait_s = min(RETRY_MAX_S, RETRY_FIRST_S * 2 ** (tries - 1))
-            self._failures[action] = _Failure(str(error), tries, self._now() + wait_s)
+            self._failures[action] = _Failure(error, tries, self._now() + wait_s)
             self._log.warning("action failed", action=_describe(action), error=str(error), tries=tries)
         else:
             self._failures.pop(action, None)

@@ -90,5 +90,6 @@ def _problems(error: ValidationError) -> str:
     for problem in error.errors(include_url=False, include_context=False)[:PROBLEMS_SHOWN_MAX]:
         where = ".".join(str(part) for part in problem["loc"])[:80]
         what = problem["msg"].removeprefix("Value error, ")
-        listed.append(f"{where}: {what}" if where else what)
+        # Our own checks name what they speak of; pydantic's do not.
+        listed.append(f"{where}: {what}" if where and problem["type"] != "value_error" else what)
     return "; ".join(listed)

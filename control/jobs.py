@@ -17,13 +17,21 @@ from control.cluster import Cluster
 from control.errors import JobNotFound
 from control.verify import CALL_TIMEOUT_S, Verification
 from control.views import JobState, JobView, ReplicaState, VolumeState, VolumeView
-from protocol.errors import Conflict, StorageError
+from protocol.errors import BadRequest, Conflict, StorageError
 
 JOBS_KEPT_MAX = 100
 """Finished jobs that can still be asked about, the newest."""
 
 RUNNING_MAX = 4
 """Verifications at once: each reads every disk as fast as it can."""
+
+
+_NEXT: Mapping[JobState, frozenset[JobState]] = {
+    JobState.RUNNING: frozenset({JobState.DONE, JobState.FAILED}),
+    JobState.DONE: frozenset(),
+    JobState.FAILED: frozenset(),
+}
+"""Which state may follow which."""
 
 
 class _Job:
@@ -34,6 +42,11 @@ class _Job:
         self.error = ""
         self.verification: Verification | None = None
         self.result: Any = None
+
+    def enter(self, state: JobState, *, error: str = "") -> None:
+        """The only place that changes the state."""
+        assert state in _NEXT[self.state], f"{self.state} -> {state}"
+        self.state, self.error = state, error
 
     def view(self) -> JobView:
         progress = self.verification.progress if self.verification else None
@@ -70,6 +83,7 @@ class Jobs:
     async def verify(self, name: str) -> JobView:
         """Start a verification, or find the one that runs. Raises VolumeNotFound, Conflict."""
         view = await self._cluster.volume(name)
+        _refuse_unfinished(view)
         for job in self._jobs.values():
             if job.volume == name and job.state is JobState.RUNNING:
                 return job.view()
@@ -96,12 +110,12 @@ class Jobs:
     async def _run(self, job: _Job, view: VolumeView) -> None:
         try:
             await self._verify(job, view)
-            job.state = JobState.DONE
+            job.enter(JobState.DONE)
         except StorageError as error:
-            job.error, job.state = str(error), JobState.FAILED
+            job.enter(JobState.FAILED, error=str(error))
         except Exception:  # noqa: BLE001 - a bug in one job must not take the daemon with it
             self._log.exception("job failed by a bug", job=job.id)
-            job.error, job.state = "internal error; the daemon's log has it", JobState.FAILED
+            job.enter(JobState.FAILED, error="internal error; the daemon's log has it")
 
     async def _verify(self, job: _Job, before: VolumeView) -> None:
         compared = {r.id: r.node for r in before.replicas if r.state is ReplicaState.IN_SYNC}
@@ -141,3 +155,17 @@ class Jobs:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+def _refuse_unfinished(view: VolumeView) -> None:
+    """A volume that is being made or removed has nothing to compare. Raises BadRequest."""
+    if view.state is VolumeState.CREATING:
+        raise BadRequest(
+            reason=f"volume {view.name} is still being created. "
+            f"`dolmen volume show {view.name}` says what it waits for."
+        )
+    if view.state is VolumeState.DELETING:
+        raise BadRequest(
+            reason=f"volume {view.name} is being removed. "
+            f"`dolmen volume rm {view.name} --missing-ok` waits for its end."
+        )

@@ -54,9 +54,10 @@ def listen_tcp(port: int) -> socket.socket:
         sock.bind((LOOPBACK, port))
         sock.listen(BACKLOG_CONNECTIONS)
         sock.setblocking(False)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         sock.close()
-        raise BadRequest(reason=f"{LOOPBACK}:{port} cannot be used: {error.strerror}") from error
+        why = error.strerror if isinstance(error, OSError) else "ports are 0 to 65535"
+        raise BadRequest(reason=f"{LOOPBACK}:{port} cannot be used: {why}") from error
     return sock
 
 
@@ -77,7 +78,7 @@ def is_free(port: int) -> bool:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((LOOPBACK, port))
-        except OSError:
+        except (OSError, OverflowError):
             return False
         return True
 

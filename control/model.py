@@ -9,16 +9,16 @@ A spec is what somebody wants, a status what was done. Everything here is a valu
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from control.documents import Document
+from control.names import check_name
 from control.sizes import check_size
 from protocol.errors import BadRequest
-from protocol.limits import NAME_CHARS_MAX, REPLICAS_MAX
+from protocol.limits import REPLICAS_MAX
 from protocol.membership import MembershipRecord, parse_record
 
 KIND_NODE = "node"
@@ -28,22 +28,6 @@ KIND_ATTACHMENT = "attachment"
 
 NODES_MAX = 16
 """Of a local cluster: one machine. Each node costs a process."""
-
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", re.ASCII)
-
-
-def check_name(name: str) -> str:
-    """A DNS label: it becomes a file name, a socket name and a label. Raises BadRequest."""
-    if len(name) > NAME_CHARS_MAX:
-        raise BadRequest(
-            reason=f"the name has {len(name)} characters; {NAME_CHARS_MAX} is the most. Choose a shorter one."
-        )
-    if not _NAME.fullmatch(name):
-        raise BadRequest(
-            reason=f"{name!r} cannot be a name. Use lower-case letters, digits and '-', "
-            "with a letter or digit first and last, for example data-1."
-        )
-    return name
 
 
 def _name_for_pydantic(name: str) -> str:

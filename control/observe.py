@@ -227,7 +227,8 @@ def _replica_conditions(
         supervisor = supervisors.get(replica.node)
         node = supervisor.condition if supervisor else None
         if node is not None:
-            yield node.model_copy(update={"waits_for": f"{what}: its node waits for {node.waits_for}"})
+            stopped = ", which is stopped" if node.who is Who.OPERATOR else ""
+            yield node.model_copy(update={"waits_for": f"{what}{stopped}: {node.waits_for}"})
         elif state is VolumeState.DETACHED:
             waits_for = f"{what} to be resynced, which happens while the volume is attached"
             yield Condition(reason="replica_stale", waits_for=waits_for, who=Who.OPERATOR)

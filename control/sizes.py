@@ -47,7 +47,7 @@ def check_size(size_bytes: int) -> int:
     """Raises BadRequest, which names the nearest size that works."""
     if size_bytes < VOLUME_BYTES_MIN:
         raise BadRequest(
-            reason=f"{size_bytes} bytes is below the smallest volume. "
+            reason=f"{size_bytes} byte{'s' * (size_bytes != 1)} is below the smallest volume. "
             f"Ask for {format_size(VOLUME_BYTES_MIN)} or more."
         )
     if size_bytes > VOLUME_BYTES_MAX:

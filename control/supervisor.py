@@ -306,7 +306,7 @@ class NodeSupervisor:
         if self.state is NodeState.STOPPED:
             made = Condition(
                 reason="node_stopped",
-                waits_for=f"an operator: `dolmen node start {self.name}`",
+                waits_for=f"`dolmen node start {self.name}`",
                 who=Who.OPERATOR,
             )
         elif self.state is NodeState.STARTING:

@@ -37,6 +37,9 @@ LOOK_PAUSE_S = 1.5
 """Between two looks at a region that differs. A write that one replica has applied and another has
 not is acknowledged by both within LINK_STALL_TIMEOUT_S, or the other one has left the in-sync set."""
 
+COMPARED_MIN = 2
+"""With fewer there is nothing to compare: checksums are checked, and no region is called equal."""
+
 LISTED_MAX = 100
 """Regions and blocks named in a result; the counts are complete."""
 
@@ -145,10 +148,11 @@ class Verification:
                 replicas.append(_verified(replica, node, self._tallies[replica], exact=self._exact))
         for replica, (node, reason) in left_out.items():
             replicas.append(ReplicaVerified(id=replica, node=node, compared=False, reason=reason))
+        enough = sum(replica.compared for replica in replicas) >= COMPARED_MIN
         damaged = any(tally.damaged_count for tally in self._tallies.values())
         if damaged or self._different:
             verdict = Verdict.DIFFERENT
-        elif self._busy or left_out:
+        elif self._busy or left_out or not enough:
             verdict = Verdict.INCOMPLETE
         else:
             verdict = Verdict.SAME
@@ -156,7 +160,7 @@ class Verification:
             verdict=verdict,
             online=self._online,
             regions_total=self.progress.total,
-            regions_equal=self._equal_count,
+            regions_equal=self._equal_count if enough else 0,
             regions_different=self._different[:LISTED_MAX],
             regions_different_count=len(self._different),
             regions_busy=self._busy[:LISTED_MAX],

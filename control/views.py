@@ -55,7 +55,7 @@ class VolumeAttach(Model):
 
 class VolumeDetach(Model):
     force: bool = Field(
-        default=False, description="do not wait for replicas; writes never acknowledged may be lost"
+        default=False, description="do not wait for replicas; what was not acknowledged is dropped"
     )
 
 

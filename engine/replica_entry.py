@@ -23,8 +23,9 @@ class ReplicaState(Enum):
                                        +-- not one --> STALE                              |
                                                          |                                |
                  +----------------- COMPARING <----------+                                |
-                 |                    ^   |                                               |
-                 v                    |   | nothing new                                   |
+                 |                    ^     |                                             |
+                 |                    |     +-----+ nothing new                           |
+                 v                    |           v                                       |
               MARKING -> LINKING -> SETTLING -> PULLING -> JOINING -> FLUSHING -> RECORDING
                  |                    ^
                  +--- linked already -+

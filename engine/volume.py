@@ -227,6 +227,10 @@ class Volume:
             self._end(ev.EXIT_FENCED, f"{entry.id} was claimed in epoch {report.epoch}")
             return
         if report.replica_id != entry.id:
+            if report.state != "open":  # its metadata can't be read: made anew, it will say who it is
+                entry.reason = report.reason or report.state
+                self.act(ev.CloseSession(entry.slot, session, RECONNECT_CAP_S))
+                return
             entry.reason = f"its address answers as {report.replica_id}"
             self.act(ev.CloseSession(entry.slot, session, RETRY_CAP_S))
             return

@@ -16,7 +16,7 @@ from typing import Any
 from protocol.errors import ProtocolViolation, Unreachable
 from protocol.hello import HELLO_BYTES_MAX, Greeting, Role, check_answer, make_hello, parse_greeting
 from protocol.limits import HANDSHAKE_TIMEOUT_S
-from protocol.rpc import LENGTH, pack, unpack
+from protocol.rpc import LENGTH, pack, reason_of, unpack
 
 KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
@@ -92,7 +92,7 @@ async def connect_socket(
         if isinstance(error, TimeoutError):
             raise Unreachable(peer=peer, reason=f"no answer within {timeout_s} s") from error
         if isinstance(error, OSError | EOFError):
-            raise Unreachable(peer=peer, reason=str(error) or type(error).__name__) from error
+            raise Unreachable(peer=peer, reason=reason_of(error)) from error
         raise
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -52,6 +53,17 @@ def unpack(body: bytes) -> Any:
         raise ProtocolViolation(expected="msgpack", got=type(error).__name__) from error
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a connection failed, for people: the kernel's words, not those of a library."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    if isinstance(error, asyncio.IncompleteReadError):
+        return "the connection was closed"
+    return str(error) or type(error).__name__
+
+
 async def read_message(reader: asyncio.StreamReader) -> Any:
     """One message. Raises ProtocolViolation, or IncompleteReadError and OSError at the end."""
     (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
@@ -83,7 +95,7 @@ class RpcClient:
         try:
             reader, writer = await asyncio.wait_for(asyncio.open_unix_connection(path), timeout_s)
         except (OSError, TimeoutError) as error:
-            raise Unreachable(peer=path, reason=str(error) or "no answer") from error
+            raise Unreachable(peer=path, reason=reason_of(error)) from error
         return cls(reader, writer, peer=path)
 
     async def call(self, name: str, /, *, timeout_s: float = RPC_TIMEOUT_S, **args: Any) -> Any:
@@ -100,7 +112,7 @@ class RpcClient:
         except TimeoutError as error:
             raise Timeout(what=f"{name} at {self.peer}", timeout_s=timeout_s) from error
         except OSError as error:
-            raise Unreachable(peer=self.peer, reason=str(error)) from error
+            raise Unreachable(peer=self.peer, reason=reason_of(error)) from error
         finally:
             self._waiting.pop(call_id, None)
 
@@ -115,7 +127,7 @@ class RpcClient:
                     case _:
                         raise ProtocolViolation(expected="a reply", got="something else")
         except (OSError, asyncio.IncompleteReadError, ProtocolViolation) as error:
-            self._fail(str(error) or type(error).__name__)
+            self._fail(reason_of(error))
 
     def _settle(self, call_id: int, result: Any, error: StorageError | None) -> None:
         future = self._waiting.get(call_id)

@@ -6,7 +6,7 @@ There: dataplane/binding/src/replica.rs (the binding), dataplane/core/src/replic
 
 Every native call may block on the disk, so each runs in a small pool; the interpreter lock is released
 inside. Cancelling an await does not stop the native call: callers that must not overlap keep a lock until
-the call is done (``volumes.py`` shields).
+the call is done (``calls.py`` shields).
 """
 
 from __future__ import annotations

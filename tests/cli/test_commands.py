@@ -106,7 +106,7 @@ def test_json_has_the_documented_fields(cluster: FakeCluster) -> None:
     [
         (("volume", "create", "Data", "--size", "1GiB"), "cannot be a name", "example data-1"),
         (("volume", "create", "a" * 64, "--size", "1GiB"), "64 characters", "shorter"),
-        (("volume", "create", "data", "--size", "1"), "below the smallest", "4 MiB or more"),
+        (("volume", "create", "data", "--size", "1"), "1 byte is below the smallest", "4 MiB or more"),
         (("volume", "create", "data", "--size", "100T"), "above the largest", "64 TiB or less"),
         (("volume", "create", "data", "--size", "ten"), "not a size", "2GiB"),
         (("volume", "create", "data", "--size", "4194305"), "multiple of 4096", "4198400"),
@@ -115,7 +115,7 @@ def test_json_has_the_documented_fields(cluster: FakeCluster) -> None:
             "4 replicas need 4 nodes",
             "node ls",
         ),
-        (("volume", "create", "data", "--size", "1G", "--replicas", "9"), "less than or equal to 5", ""),
+        (("volume", "create", "Data", "--size", "ten"), "error: 'Data' cannot be a name", "example data-1"),
         (("volume", "show", "nosuch"), "no volume nosuch", "dolmen volume ls"),
         (("volume", "attach", "nosuch"), "no volume nosuch", "dolmen volume ls"),
         (("volume", "show", ".."), "not a name", ""),
@@ -140,7 +140,7 @@ def test_refusals_say_how_to_go_on(cluster: FakeCluster) -> None:
     dolmen(cluster, "volume", "attach", "data")
     for arguments, what, next_step in (
         (("volume", "rm", "data"), "is attached", "dolmen volume detach data"),
-        (("volume", "resize", "data", "500M"), "shrinking", ""),
+        (("volume", "resize", "data", "500M"), "shrinking", "volume ls"),
         (("volume", "create", "data", "--size", "2GiB"), "another size", "dolmen volume show data"),
         (("volume", "attach", "data", "--tcp"), "without a TCP port", "detach"),
     ):
@@ -152,6 +152,9 @@ def test_refusals_say_how_to_go_on(cluster: FakeCluster) -> None:
     "arguments",
     [
         ("volume", "creat"),
+        ("volume", "create", "data", "--size", "1G", "--replicas", "9"),
+        ("up", "--port", "99999"),
+        ("up", "--nodes", "17"),
         ("volume", "create", "data"),
         ("nosuch",),
         ("volume", "ls", "-o", "xml"),
@@ -179,8 +182,32 @@ def test_what_is_accepted_but_not_finished_exits_5(cluster: FakeCluster) -> None
     assert dolmen(cluster, "node", "stop", "node3", "--kill").stdout == "node node3: stopped\n"
     done = dolmen(cluster, "replica", "verify", "data")
     assert done.returncode == 5 and "incomplete" in done.stdout and "offline" in done.stdout
-    assert "an operator must act" in dolmen(cluster, "node", "ls").stdout
+    assert "node3 is stopped: waits for `dolmen node start node3`" in dolmen(cluster, "node", "ls").stdout
     assert dolmen(cluster, "node", "start", "node3").stdout == "node node3: up\n"
+
+
+def test_a_detach_that_waits_for_replicas_exits_5_and_force_says_what_it_drops(cluster: FakeCluster) -> None:
+    dolmen(cluster, "volume", "create", "data", "--size", "1GiB")
+    dolmen(cluster, "volume", "attach", "data")
+    (cluster.layout.volume_dir("data") / "state").write_text("waiting")
+    done = dolmen(cluster, "volume", "detach", "data")
+    assert done.returncode == 5 and "waits for replica data-r1 on node1" in done.stderr
+    assert "dolmen volume detach data --force" in done.stderr
+    done = dolmen(cluster, "volume", "detach", "data", "--force")
+    assert done.returncode == 0 and done.stdout == "volume data: detached\n"
+    assert "not acknowledged is dropped" in done.stderr
+    again = dolmen(cluster, "volume", "detach", "data", "--force")
+    assert again.returncode == 0 and again.stderr == ""
+
+
+def test_ctrl_c_while_the_commands_are_imported_is_one_line() -> None:
+    slow = (
+        "import sys; sys.modules['typer'] = None; import cli.main as m, builtins; was = builtins.__import__\n"
+    )
+    slow += "def imported(name, *a, **k):\n    if name == 'cli.commands': raise KeyboardInterrupt\n"
+    slow += "    return was(name, *a, **k)\nbuiltins.__import__ = imported; m.main()"
+    done = subprocess.run([sys.executable, "-c", slow], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stderr == "interrupted\n"
 
 
 def test_help_and_completion_are_there() -> None:
@@ -190,6 +217,7 @@ def test_help_and_completion_are_there() -> None:
         assert command in done.stdout
         assert command == "bench" or dolmen(None, command, "--help").returncode == 0
     assert "dolmen" in dolmen(None, "--show-completion", "bash").stdout
+    assert json.loads(dolmen(None, "version", "-o", "json").stdout)["version"]
     assert dolmen(None, "version").stdout.strip()
 
 

@@ -2,7 +2,8 @@
 
 It commits record (epoch, 1) in the daemon's store when it starts, answers each NBD client with one
 line ``epoch N`` and keeps it. Files in the volume's directory change what it does:
-``crash`` ends it at once, ``state`` holds the state it tells, ``mute`` makes it answer no call.
+``crash`` ends it at once, ``state`` holds the state it tells (in ``waiting`` no replica is reached),
+``mute`` makes it answer no call.
 """
 
 from __future__ import annotations
@@ -37,16 +38,22 @@ class Engine:
             await asyncio.Event().wait()
         match call:
             case "engine.status":
-                state = self.dir / "state"
+                file = self.dir / "state"
+                state = file.read_text() if file.exists() else "healthy"
                 return {
                     "volume_id": self.config["volume_id"],
                     "name": self.config["name"],
                     "epoch": self.config["epoch"],
-                    "state": state.read_text() if state.exists() else "healthy",
+                    "state": state,
                     "size_bytes": self.size_bytes,
                     "membership": self.record,
                     "replicas": [
-                        {"id": replica["id"], "slot": slot, "state": "in_sync", "reason": ""}
+                        {
+                            "id": replica["id"],
+                            "slot": slot,
+                            "state": "offline" if state == "waiting" else "in_sync",
+                            "reason": "",
+                        }
                         for slot, replica in enumerate(self.config["replicas"])
                     ],
                     "waiting_for": [],

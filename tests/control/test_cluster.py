@@ -245,6 +245,32 @@ def test_a_detach_that_cannot_end_is_forced(cluster: FakeCluster) -> None:
     assert not cluster.engine_pids("data")
 
 
+def test_a_detach_waits_for_replicas_says_so_and_ends_by_itself_when_they_are_back(
+    cluster: FakeCluster,
+) -> None:
+    cluster.client.create_volume("data", GIB, 3)
+    cluster.client.attach("data")
+    state = cluster.layout.volume_dir("data") / "state"
+    state.write_text("waiting")
+    cluster.client.stop_node("node2")
+    view = cluster.client.detach("data")  # returns as soon as it is known
+    assert view["state"] == "detaching" and cluster.engine_pids("data")
+    said = next(c for c in view["conditions"] if c["reason"] == "detach_waiting")
+    assert said["who"] == "operator" and "replica data-r2 on node2" in said["waits_for"]
+    assert "`dolmen node start node2`" in said["waits_for"] and "--force" in said["waits_for"]
+    state.unlink()
+    cluster.client.start_node("node2")
+    wait_until(lambda: cluster.client.volume("data")["state"] == "detached")
+
+
+def test_a_forced_detach_does_not_wait_for_replicas(cluster: FakeCluster) -> None:
+    cluster.client.create_volume("data", GIB, 3)
+    cluster.client.attach("data")
+    (cluster.layout.volume_dir("data") / "state").write_text("waiting")
+    assert cluster.client.detach("data")["state"] == "detaching"
+    assert cluster.client.detach("data", force=True)["state"] == "detached"
+
+
 def test_a_stopped_node_is_the_reason_why_a_volume_is_not_redundant(cluster: FakeCluster) -> None:
     cluster.client.create_volume("data", GIB, 3)
     cluster.client.stop_node("node2")

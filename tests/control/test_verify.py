@@ -102,6 +102,12 @@ def test_a_replica_that_was_not_compared_makes_it_incomplete() -> None:
     assert [replica.compared for replica in result.replicas] == [True, True, False]
 
 
+def test_one_replica_is_equal_to_nothing() -> None:
+    left_out = {"r2": ("node2", "offline"), "r3": ("node3", "offline")}
+    result = verify(lambda r, first, count, n: 1, online=True, left_out=left_out)
+    assert result.verdict is Verdict.INCOMPLETE and result.regions_equal == 0
+
+
 @pytest.mark.parametrize("answer", [None, {}, {"digest": -1}, {"digest": "x"}])
 def test_an_answer_that_is_none_is_refused(answer: Any) -> None:
     async def ask(replica: str, first: int, count: int) -> Any:

@@ -342,43 +342,46 @@ class Cluster:
         if isinstance(event, RegionDiverged):
             self.loop.diverged_seen += 1
         for action in self.volume.step(event):
-            match action:
-                case Log():
-                    self.log.append(action)
-                case StartTimer(timer, _):
-                    self.timers = [t for t in self.timers if (t.kind, t.slot) != (timer.kind, timer.slot)]
-                    self.timers.append(timer)
-                case Reply(request, error):
-                    self.replies[request] = error
-                case Stop(exit_code):
-                    self.exit_code = exit_code
-                    self.exit_codes.append(exit_code)
-                    self.calls.clear()
-                    self.inbox.clear()
-                    self.connected.clear()
-                    self.wanted_record = None
-                case StoreRecord(record):
-                    self.wanted_record = record
-                case CloseSession(slot, session, _):
-                    if self.connected.get(slot) == session:
-                        del self.connected[slot]
-                    self.calls = [c for c in self.calls if (c.slot, c.session) != (slot, session)]
-                case (
-                    Claim()
-                    | AttachLink()
-                    | PersistRecord()
-                    | ListDirty()
-                    | ListChanged()
-                    | BeginResync()
-                    | PullRegions()
-                    | EndResync()
-                    | CompleteRegions()
-                    | ResizeReplica()
-                    | CleanReplica()
-                ):
-                    self.calls.append(action)
-                case _:
-                    self.loop.do(action)
+            self.carry_out(action)
+
+    def carry_out(self, action: object) -> None:
+        match action:
+            case Log():
+                self.log.append(action)
+            case StartTimer(timer, _):
+                self.timers = [t for t in self.timers if (t.kind, t.slot) != (timer.kind, timer.slot)]
+                self.timers.append(timer)
+            case Reply(request, error):
+                self.replies[request] = error
+            case Stop(exit_code):
+                self.exit_code = exit_code
+                self.exit_codes.append(exit_code)
+                self.calls.clear()
+                self.inbox.clear()
+                self.connected.clear()
+                self.wanted_record = None
+            case StoreRecord(record):
+                self.wanted_record = record
+            case CloseSession(slot, session, _):
+                if self.connected.get(slot) == session:
+                    del self.connected[slot]
+                self.calls = [c for c in self.calls if (c.slot, c.session) != (slot, session)]
+            case (
+                Claim()
+                | AttachLink()
+                | PersistRecord()
+                | ListDirty()
+                | ListChanged()
+                | BeginResync()
+                | PullRegions()
+                | EndResync()
+                | CompleteRegions()
+                | ResizeReplica()
+                | CleanReplica()
+            ):
+                self.calls.append(action)
+            case _:
+                self.loop.do(action)
 
     def crash_engine(self) -> None:
         """kill -9: what was queued to replicas never arrives."""

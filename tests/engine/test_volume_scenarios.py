@@ -10,6 +10,7 @@ from engine.events import (
     Fenced,
     PersistRecord,
     PullRegions,
+    RegionsEqual,
     ResizeAsked,
     TimerKind,
 )
@@ -668,8 +669,18 @@ def test_a_record_that_an_earlier_engine_left_at_one_replica_does_not_open_witho
 def test_a_region_that_diverges_again_while_it_is_made_equal_is_made_equal_again() -> None:
     cluster = serving()
     cluster.diverge(4)
-    cluster.settle(until=lambda: cluster.volume.reconcile is not None)
+    cluster.settle(until=lambda: sum(isinstance(call, PullRegions) for call in cluster.calls) == 2)
+    cluster.run_call()
+    cluster.run_call()
     cluster.diverge(4)
+    cluster.run_event(len(cluster.inbox) - 1)  # heard before the pulls' answers, which are about the past
+    first = cluster.volume.reconcile
+    actions = [a for event in tuple(cluster.inbox) for a in cluster.volume.step(event)]
+    assert cluster.volume.reconcile not in (first, None)
+    assert not any(isinstance(action, RegionsEqual) for action in actions)
+    cluster.inbox.clear()
+    for action in actions:
+        cluster.carry_out(action)
     cluster.settle()
     assert not cluster.loop.unequal
     assert len({replica.content.get((4, 0), 0) for replica in cluster.replicas}) == 1

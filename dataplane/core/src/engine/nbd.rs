@@ -1,5 +1,5 @@
 //! NBD's transmission phase as tables: what a request may ask, how replies look on the wire.
-//! Pure. Negotiation is Python (engine/nbd); both follow the NBD protocol document.
+//! Pure. Negotiation is Python (engine/negotiation.py); both follow the NBD protocol document.
 //!
 //! Where the document leaves a choice, ours is:
 //!

@@ -1,0 +1,1 @@
+"""What the documents, headers and drawings say is there, is there."""
