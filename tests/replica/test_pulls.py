@@ -37,7 +37,7 @@ def test_settle_waits_for_a_pull_whose_caller_is_gone(monkeypatch: pytest.Monkey
     async def story() -> None:
         io = SlowIo()
         pulls = Pulls(io, key=b"", server_id="s")
-        pull = asyncio.create_task(pulls.pull("v", epoch=1, host="h", port=1, regions=[1]))
+        pull = asyncio.create_task(pulls.pull("v", epoch=1, host="h", port=1, regions=[1], pull_round=0))
         await io.started.wait()
         pull.cancel()
         await asyncio.gather(pull, return_exceptions=True)
