@@ -94,7 +94,7 @@ class Rig:
         self.nbd = path / "nbd"
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(self.nbd))
-        self.listener.listen(64)
+        self.listener.listen(256)  # as the daemon does
         self.engine: Started | None = None
         self._up: dict[int, contextlib.ExitStack] = {}
         self._stack = contextlib.ExitStack()
