@@ -1,4 +1,4 @@
-"""The same volume behind nbdkit: ``nbdkit -U - python engine/nbdkit_plugin.py volume=NAME [dir=DIR] --run '…'``.
+"""The same volume behind nbdkit: ``nbdkit -U - python engine/nbdkit_plugin.py volume=NAME [dir=DIR]``.
 
 For those who want nbdkit's filters and transports. nbdkit loads this file by its path into its own
 interpreter (Debian's), so it imports the standard library, nbdkit's module and libnbd's binding
