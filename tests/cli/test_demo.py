@@ -107,7 +107,7 @@ def test_an_interrupted_demo_leaves_nothing(
     wait_until(lambda: moment in demo.output(), timeout_s=120, what=f"the demo at {moment!r}")
     demo.program.send_signal(number)
     code = demo.program.wait(timeout=100)
-    assert code == 1, demo.output()
+    assert code == 130, demo.output()
     assert "interrupted" in demo.output() and "Traceback" not in demo.output()
     demo.check_nothing_is_left()
 
