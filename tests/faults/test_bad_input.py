@@ -19,7 +19,7 @@ BAD = [
     ((*CREATE, "tiny", "--size", "1"), REFUSED, "4 MiB"),
     ((*CREATE, "odd", "--size", "8388609"), REFUSED, "8392704"),
     ((*CREATE, "word", "--size", "many"), REFUSED, "is not a size"),
-    ((*CREATE, "none", "--size", "64MiB", "--replicas", "0"), REFUSED, "replica"),
+    ((*CREATE, "none", "--size", "64MiB", "--replicas", "0"), USAGE, "replica"),
     ((*CREATE, "more", "--size", "64MiB", "--replicas", "4"), REFUSED, "nodes"),
     (("volume", "resize", "{volume}", "32MiB"), REFUSED, "shrink"),
     (("volume", "rm", "{volume}"), REFUSED, "attached"),
