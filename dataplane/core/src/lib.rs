@@ -6,4 +6,5 @@ pub mod checksum;
 pub mod engine;
 pub mod frame;
 pub mod limits;
+pub mod region_map;
 pub mod replica;

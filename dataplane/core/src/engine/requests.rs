@@ -20,8 +20,7 @@
 //! Invariants: ids grow by one per frame; `ring[i]` is the frame `base_id + i`; the ring's first
 //! entry is not None; a region's queue holds exactly its unreleased writes, oldest first.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use super::buffers::Buf;
@@ -29,6 +28,7 @@ use super::nbd::errno;
 use super::slab::Slab;
 use crate::frame::{flag, kind, status};
 use crate::limits::REGION_BYTES;
+use crate::region_map::RegionMap;
 
 /// A set of slots, one bit each.
 pub type Slots = u32;
@@ -120,29 +120,11 @@ pub enum Outcome {
     Diverged { region: u32 },
 }
 
-/// Region numbers are small and dense: one multiplication spreads them.
-#[derive(Default)]
-pub struct RegionHasher(u64);
-
-impl Hasher for RegionHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u32(u32::from(*byte));
-        }
-    }
-    fn write_u32(&mut self, value: u32) {
-        self.0 = (self.0 ^ u64::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
-    }
-}
-
 pub struct Table {
     ring: VecDeque<Entry>,
     base_id: u64,
     writes: Slab<Write>,
-    by_region: HashMap<u32, VecDeque<u32>, BuildHasherDefault<RegionHasher>>,
+    by_region: RegionMap<VecDeque<u32>>,
     spare_queues: Vec<VecDeque<u32>>,
     members: Slots,
     /// Regions that diverged, with the id of the first write that failed there: replicas must not
@@ -160,7 +142,7 @@ impl Table {
             ring: VecDeque::new(),
             base_id: 1,
             writes: Slab::new(),
-            by_region: HashMap::default(),
+            by_region: RegionMap::default(),
             spare_queues: Vec::new(),
             members: 0,
             diverged: BTreeMap::new(),

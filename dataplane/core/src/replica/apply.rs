@@ -13,10 +13,10 @@ use crate::limits::{BLOCK_BYTES, FRAME_DATA_BYTES_MAX, REGION_BYTES, ZERO_BYTES_
 
 use super::error::Result;
 use super::handle::{FrameId, Guarded, ReadDone, ReadJob, Shared, Waiter};
-use super::map::RegionMap;
 use super::read::{begin_read_reply, finish_read_reply, Plan, ReadResult};
 use super::session::Session;
 use super::store::{regions_of, status_of};
+use crate::region_map::RegionMap;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 

@@ -12,8 +12,8 @@ use crate::limits::REGION_BLOCKS;
 use super::error::{Result, StoreError};
 use super::files::BlockFile;
 use super::format::{bit, Bits, BIT_WORDS};
-use super::map::RegionMap;
 use super::store::Store;
+use crate::region_map::RegionMap;
 
 /// A region is cleaned when nobody wrote to it for this long.
 pub const CLEAN_IDLE_MS: u64 = 3000;

@@ -4,13 +4,12 @@
 //! `commit` brings every changed entry to the file, and must be called before anything that
 //! depends on them is answered. Does not own what an entry means for data; that is store.rs.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 use std::sync::Arc;
 
 use crate::checksum::ENTRY_DAMAGED;
 use crate::limits::REGION_BLOCKS;
+use crate::region_map::RegionMap;
 
 use super::files::BlockFile;
 use super::format::{
@@ -72,28 +71,6 @@ impl Chunk {
         bits
     }
 }
-
-#[derive(Default)]
-pub struct RegionHasher(u64);
-
-impl Hasher for RegionHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u32(u32::from(*byte));
-        }
-    }
-
-    fn write_u32(&mut self, value: u32) {
-        // Region numbers come from our own arithmetic: nobody can choose colliding ones.
-        self.0 = (self.0 ^ u64::from(value)).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29);
-    }
-}
-
-pub type RegionMap<V> = HashMap<u32, V, BuildHasherDefault<RegionHasher>>;
 
 /// Entries of one region that the file does not hold yet.
 #[derive(Clone, Copy)]

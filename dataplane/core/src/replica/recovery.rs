@@ -17,9 +17,10 @@ use super::format::{
     bit, map_bytes, region_count, regions_bytes, RegionHeader, Stamp, Superblock, BIT_WORDS, MAP_MAGIC,
     REGIONS_MAGIC, SUPERBLOCK_BYTES, SUPERBLOCK_USED_BYTES,
 };
-use super::map::{BlockMap, RegionMap, CHUNKS_CACHED_MAX};
+use super::map::{BlockMap, CHUNKS_CACHED_MAX};
 use super::regions::RegionLog;
 use super::store::{Counters, Layer, Store};
+use crate::region_map::RegionMap;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 /// A regions file up to this size is written out at creation, so that a mark never has to allocate:

@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use super::files::BlockFile;
 use super::format::{record_at, Record, Stamp, RECORD_BYTES, SUPERBLOCK_BYTES};
-use super::map::{RegionMap, Trust};
+use super::map::Trust;
+use crate::region_map::RegionMap;
 
 /// Records read at once when the whole file is looked through: 64 KiB.
 const RECORDS_PER_READ: u64 = 2048;

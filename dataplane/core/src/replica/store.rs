@@ -16,8 +16,9 @@ use crate::limits::{BLOCK_BYTES, REGION_BLOCKS};
 use super::error::{ErrorKind, Result, StoreError};
 use super::files::BlockFile;
 use super::format::{region_count, Bits, Record, Stamp};
-use super::map::{BlockMap, Fault, RegionMap, Trust};
+use super::map::{BlockMap, Fault, Trust};
 use super::regions::RegionLog;
+use crate::region_map::RegionMap;
 
 /// Regions marked ahead of a sequential writer: 32 MiB, what a fast writer fills while a mark is synced.
 pub const MARK_AHEAD_REGIONS: u32 = 8;

@@ -1,5 +1,7 @@
 //! The table, driven by events: answers in any order, links that die and return.
 
+use std::collections::HashMap;
+
 use proptest::prelude::*;
 
 use super::super::buffers::Pool;
