@@ -3,7 +3,7 @@
 Owns the volume's phases, the replicas' sessions and roles, the membership records of this epoch, and whose
 answer an acknowledgement needs. ``step(event)`` returns what the shell (``server.py``) must do; there is no
 clock, socket, task or chance in here. Parts with an order of their own stand apart: ``membership.py`` (open
-and commit rules), ``joining.py`` (a resync), ``reconcile.py``.
+and commit rules), ``joining.py`` (a resync), ``reconcile.py``, ``requests.py`` (growth, detach).
 
 Does not own requests, blocks or sockets: that is ``dataplane/core/src/engine/``, reached through
 ``io_path.py``.
@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from engine import events as ev
 from engine.joining import Joining
 from engine.limits import (
-    DETACH_DRAIN_WAIT_S,
     NO_SPACE_RETRY_S,
     PULL_RETRY_S,
     RECONNECT_CAP_S,
@@ -39,7 +38,8 @@ from engine.replica_entry import (
     ReplicaEntry,
     ReplicaState,
 )
-from protocol.errors import BadRequest, ShrinkRefused, StaleEpoch, StorageError, from_wire
+from engine.requests import Detach, Growth
+from protocol.errors import BadRequest, StaleEpoch, StorageError, from_wire
 from protocol.frames import Status
 from protocol.membership import MembershipRecord
 
@@ -87,11 +87,8 @@ class Volume:
             int, tuple[int, int]
         ] = {}  # token -> slot, session of a member that came back
         self._retry_started = False
-        self._resize: ev.ResizeAsked | None = None
-        self._detach_requests: list[int] = []
-        self._detach_token = 0
-        self._drained = False
-        self._cleaning: set[int] = set()
+        self._growth = Growth(self)
+        self._detach = Detach(self)
         self._out: list[ev.Action] = []
 
     @property
@@ -107,7 +104,15 @@ class Volume:
             self.check_invariants()
         return self._out
 
-    # What the parts may do (joining.Host)
+    # What the parts may do (joining.Host, requests.Host)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def grown(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.act(ev.SetSize(size_bytes))
 
     def act(self, action: ev.Action) -> None:
         self._out.append(action)
@@ -171,7 +176,7 @@ class Volume:
                     entry.resizing = False
                     entry.size_bytes = max(entry.size_bytes, size_bytes)
             case ev.Cleaned(slot, _):
-                self._cleaning.discard(slot)
+                self._detach.on_cleaned(slot)
             case ev.CallFailed():
                 self._on_call_failed(event)
             case ev.TimerFired(timer):
@@ -181,7 +186,7 @@ class Volume:
             case ev.DetachAsked(request):
                 self._on_detach(request)
             case ev.ResizeAsked():
-                self._on_resize(event)
+                self._growth.ask(event)
 
     def _current(self, slot: int, session: int) -> ReplicaEntry | None:
         """The replica, if the event is about its present session."""
@@ -273,7 +278,7 @@ class Volume:
         if self.joining is not None and self.joining.target is entry:
             self.joining.on_dropped()
             self.joining = None
-        self._cleaning.discard(entry.slot)
+        self._detach.on_cleaned(entry.slot)
 
     def _on_resync_event(self, event: ev.ResyncEvent) -> None:
         match event:
@@ -315,8 +320,7 @@ class Volume:
                     joining.on_ended()
 
     def _on_drained(self, token: int) -> None:
-        if token == self._detach_token != 0:
-            self._drained = True
+        self._detach.on_drained(token)
         if token in self._to_complete:
             slot, session = self._to_complete.pop(token)
             entry = self._current(slot, session)
@@ -350,12 +354,12 @@ class Volume:
             case ev.Call.COMPLETE:
                 self._log("complete_regions failed", replica=entry.id, reason=event.reason)
                 return
-            case ev.Call.RESIZE if self._resize is not None and entry.in_sync:
+            case ev.Call.RESIZE if self._growth.under_way and entry.in_sync:
                 entry.resizing = False
-                self._answer_resize(from_wire({"code": event.code, "message": f"{entry.id}: {event.reason}"}))
+                self._growth.answer(from_wire({"code": event.code, "message": f"{entry.id}: {event.reason}"}))
                 return
             case ev.Call.CLEAN:
-                self._cleaning.discard(event.slot)
+                self._detach.on_cleaned(event.slot)
                 return
         self._drop(entry, event.reason, no_space=event.code == "no_space")
 
@@ -388,7 +392,7 @@ class Volume:
                 self._assign_roles()
                 self._begin_serving()
                 self._inform_others()
-                self._advance_resize()
+                self._growth.advance()
                 self._advance_resyncs()
                 self.announce_members()
             self._advance_detach()
@@ -706,71 +710,30 @@ class Volume:
                 self.joining = Joining(self, entry)
                 return
 
-    # Resize
-
-    def _on_resize(self, event: ev.ResizeAsked) -> None:
-        error: StorageError | None = None
-        if self.phase is not VolumePhase.SERVING:
-            error = BadRequest(reason=f"volume {self.spec.name} is {self.phase.value}")
-        elif self._resize is not None:
-            error = BadRequest(reason=f"volume {self.spec.name} is being resized already")
-        elif event.size_bytes < self.size_bytes:
-            error = ShrinkRefused(volume=self.spec.name, current=self.size_bytes, wanted=event.size_bytes)
-        elif event.size_bytes > self.size_bytes:
-            self._resize = event
-            return
-        self.act(ev.Reply(event.request, error))
-
-    def _advance_resize(self) -> None:
-        """Replicas grow first, then the volume: a write past a replica's end can't happen."""
-        wanted_bytes = self._resize.size_bytes if self._resize is not None else self.size_bytes
-        for entry in self.entries:
-            if entry.claimed and entry.size_bytes < wanted_bytes and not entry.resizing:
-                entry.resizing = True
-                self.act(ev.ResizeReplica(entry.slot, entry.session, wanted_bytes))
-        if self._resize is None or self.phase is not VolumePhase.SERVING:
-            return
-        required = self._required()
-        needed = [e for e in self.entries if e.id in required or e.state in RESYNC_STATES]
-        if all(entry.claimed and entry.size_bytes >= wanted_bytes for entry in needed):
-            self.size_bytes = wanted_bytes
-            self.act(ev.SetSize(wanted_bytes))
-            self._answer_resize(None)
-
-    def _answer_resize(self, error: StorageError | None) -> None:
-        if self._resize is not None:
-            self.act(ev.Reply(self._resize.request, error))
-            self._resize = None
-
     # Detach and the end
 
     def _on_detach(self, request: int) -> None:
-        self._detach_requests.append(request)
+        self._detach.ask(request)
         if self.phase in (VolumePhase.INSPECTING, VolumePhase.CLAIMING, VolumePhase.RECORDING):
             self._end(ev.EXIT_DETACHED, "detached before it was open")
         elif self.phase is VolumePhase.SERVING:
             if self.joining is not None:
                 self._drop(self.joining.target, "the volume is being detached")
             self._enter(VolumePhase.DETACHING)
-            self._answer_resize(BadRequest(reason=f"volume {self.spec.name} is being detached"))
-            self._detach_token = self.next_token()
-            self.act(ev.Pause(True))
-            self.act(ev.Barrier(self._detach_token))
-            self.act(ev.StartTimer(ev.Timer(ev.TimerKind.DETACH), DETACH_DRAIN_WAIT_S))
+            self._growth.answer(BadRequest(reason=f"volume {self.spec.name} is being detached"))
+            self._detach.begin()
 
     def _advance_detach(self) -> None:
-        if self.phase is VolumePhase.DETACHING and self._drained:
+        if self.phase is VolumePhase.DETACHING and self._detach.drained:
             ledger = self.ledger
             assert ledger is not None
-            members = self.members_up()
             unequal = self.reconcile is not None or bool(self._diverged)
-            if ledger.proposed is None and not unequal and len(members) == len(ledger.committed.in_sync):
-                # Every request is answered and all members are equal: their marks can go.
+            all_up = len(self.members_up()) == len(ledger.committed.in_sync)
+            if ledger.proposed is None and not unequal and all_up:
+                # Every request is answered.
                 self._enter(VolumePhase.CLEANING)
-                self._cleaning = {entry.slot for entry in members}
-                for entry in members:
-                    self.act(ev.CleanReplica(entry.slot, entry.session))
-        if self.phase is VolumePhase.CLEANING and not self._cleaning:
+                self._detach.clean()
+        if self.phase is VolumePhase.CLEANING and self._detach.cleaned:
             self._end(ev.EXIT_DETACHED, "detached")
 
     def _end(self, exit_code: int, reason: str) -> None:
@@ -781,10 +744,8 @@ class Volume:
         error: StorageError | None = None
         if exit_code != ev.EXIT_DETACHED:
             error = StorageError(f"volume {self.spec.name}: {reason}")
-        self._answer_resize(error or BadRequest(reason=f"volume {self.spec.name} was detached"))
-        for request in self._detach_requests:
-            self.act(ev.Reply(request, error))
-        self._detach_requests.clear()
+        self._growth.answer(error or BadRequest(reason=f"volume {self.spec.name} was detached"))
+        self._detach.answer(error)
         self.act(ev.Stop(exit_code))
 
     def check_invariants(self) -> None:
