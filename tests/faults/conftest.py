@@ -10,6 +10,7 @@ import pytest
 from control.client import Client
 from tests.faults.incident import Incident
 from tests.support.cluster import Cluster, cluster
+from tests.support.network import network_or_skip
 
 SIZE_BYTES = 64 * 1024 * 1024
 _numbers = itertools.count(1)
@@ -21,10 +22,23 @@ def shared_cluster() -> Iterator[Cluster]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def networked_cluster() -> Iterator[Cluster]:
+    """In a network of its own, whose packets may be lost."""
+    with network_or_skip() as network, cluster(network=network) as running:
+        yield running
+
+
 @pytest.fixture
 def incident(shared_cluster: Cluster) -> Iterator[Incident]:
     """An attached volume of 64 MiB with three replicas, healthy and all zeroes."""
     yield from prepared(shared_cluster)
+
+
+@pytest.fixture
+def networked(networked_cluster: Cluster) -> Iterator[Incident]:
+    """The same, where the network can be hurt."""
+    yield from prepared(networked_cluster)
 
 
 def prepared(dolmen: Cluster) -> Iterator[Incident]:
@@ -43,7 +57,8 @@ def prepared(dolmen: Cluster) -> Iterator[Incident]:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """The logs of the processes, for whoever reads about the failure."""
     report = yield
-    incident = getattr(item, "funcargs", {}).get("incident")
+    arguments = getattr(item, "funcargs", {})
+    incident = arguments.get("incident") or arguments.get("networked")
     if report.failed and report.when == "call" and incident is not None:
         report.sections.append(("logs of the cluster", incident.dolmen.logs()))
     return report

@@ -15,10 +15,12 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.network import PrivateNetwork
 from control.client import Client
 from control.layout import Layout
 from engine.client import EngineClient
 from tests.support.cluster import Cluster
+from tests.support.fault_proxy import FaultProxy, fault_proxy
 from tests.support.linearizability import assert_linearizable
 from tests.support.nbd_clients import Workload
 from tests.support.processes import is_alive, kill, wait_until
@@ -67,6 +69,17 @@ class Incident:
 
     def directory_of(self, replica: str) -> Path:
         return Path(self.replica(replica)["path"])
+
+    def port_of(self, replica: str) -> int:
+        """Where its server listens; all replicas of one server share it."""
+        config = json.loads(Layout(self.dolmen.dir).engine_config(self.name).read_text())
+        (port,) = [int(entry["port"]) for entry in config["replicas"] if entry["id"] == replica]
+        return port
+
+    @property
+    def network(self) -> PrivateNetwork:
+        assert self.dolmen.network is not None, "the cluster of this test is in the machine's own network"
+        return self.dolmen.network
 
     def in_sync(self) -> set[str]:
         return set(self.show()["membership"]["in_sync"])
@@ -135,9 +148,19 @@ class Incident:
             self.thaw(pid)
         if not is_alive(self.dolmen.daemon_pid()):
             self.dolmen.up()
+        if self.dolmen.network is not None:
+            self.dolmen.network.heal()
         for node in self.client.nodes():
             if node["state"] == "stopped":
                 self.client.start_node(node["name"])
+
+    @contextlib.contextmanager
+    def proxied(self, replica: str) -> Iterator[FaultProxy]:
+        """Everything between its server and all others passes through a proxy; healthy at the start."""
+        with fault_proxy(self.network, self.port_of(replica)) as proxy:
+            self.wait_for("the engine behind the proxy", lambda: proxy.data_connections > 0)
+            self.dolmen.wait_for_state(self.name, "healthy")
+            yield proxy
 
     # --- load, waiting, the end
 

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.network import PrivateNetwork
 from control.client import Client
 from tests.support.processes import is_alive, kill, run, wait_until
 from tests.support.tmpfs import tmpfs
@@ -45,8 +46,9 @@ MARK_VARIABLE = "DOLMEN_TEST_CLUSTER"
 class Cluster:
     """A running cluster. Every method is one or a few ``dolmen`` commands, or a signal to a pid."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, network: PrivateNetwork | None = None) -> None:
         self.dir = directory
+        self.network = network
         self.mark = uuid.uuid4().hex
         self.env = {"DOLMEN_DIR": str(directory), MARK_VARIABLE: self.mark}
 
@@ -71,7 +73,10 @@ class Cluster:
         return json.loads(done.stdout)
 
     def up(self, *, nodes: int = 3) -> None:
-        self.dolmen("up", "--dir", self.dir, "--nodes", str(nodes), "--detach", timeout_s=UP_TIMEOUT_S)
+        """Everything else is the daemon's child, and lives in the same network."""
+        prefix = self.network.prefix if self.network else []
+        command = [*prefix, DOLMEN, "up", "--dir", self.dir, "--nodes", str(nodes), "--detach"]
+        run(*command, env=self.env, timeout_s=UP_TIMEOUT_S)
 
     def create(self, name: str, *, size: str = "64MiB", replicas: int = 3) -> None:
         self.dolmen("volume", "create", name, "--size", size, "--replicas", str(replicas))
@@ -205,10 +210,16 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(*, nodes: int = 3, disk_bytes: Mapping[str, int] | None = None) -> Iterator[Cluster]:
-    """``disk_bytes``: the size of a node's disk, which is then a file system of its own in memory."""
+def cluster(
+    *,
+    nodes: int = 3,
+    disk_bytes: Mapping[str, int] | None = None,
+    network: PrivateNetwork | None = None,
+) -> Iterator[Cluster]:
+    """``disk_bytes``: the size of a node's disk, which is then a file system of its own in memory.
+    ``network``: where it runs, if not in the machine's own."""
     directory = Path(tempfile.mkdtemp(prefix="dolmen-test-", dir="/tmp"))  # short: sockets live in it
-    dolmen = Cluster(directory)
+    dolmen = Cluster(directory, network)
     with contextlib.ExitStack() as mounts:
         mounts.callback(shutil.rmtree, directory, ignore_errors=True)
         for node, size_bytes in (disk_bytes or {}).items():

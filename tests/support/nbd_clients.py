@@ -283,7 +283,6 @@ class Workload:
     history: list[Operation] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     reconnect_count: int = 0
-    latency_max_s: float = 0.0
     _answer_count: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _workers: list[Worker] = field(default_factory=list)
@@ -295,6 +294,11 @@ class Workload:
     @property
     def answer_count(self) -> int:
         return self._answer_count
+
+    @property
+    def latency_max_s(self) -> float:
+        """The longest wait for an answer so far, reconnecting included."""
+        return max((worker.latency_max_s for worker in self._workers), default=0.0)
 
     def wait_for_answers(self, count: int, *, timeout_s: float = 60.0) -> None:
         """``count`` more answers than now."""
@@ -328,7 +332,6 @@ class Workload:
             self.history += worker.history
             self.errors += worker.errors
             self.reconnect_count += worker.reconnect_count
-            self.latency_max_s = max(self.latency_max_s, worker.latency_max_s)
         if kind is None:
             self.history += read_back(self.uri, self.blocks)
 
