@@ -49,6 +49,7 @@ class Kind(IntEnum):
     CACHE = 8
     COMPLETED = 9
     REPAIR = 10
+    LEASE = 11
     REGION_SUMMARY = 16
 
 

@@ -32,6 +32,7 @@ FRAMES = {
     "cache": Header(Kind.CACHE, 0, 14, 4, 4096, 4096),
     "completed": Header(Kind.COMPLETED, 0, 15, 4),
     "repair": Header(Kind.REPAIR, 0, 16, 4, 4096, 4096, 4096 + 8),
+    "lease": Header(Kind.LEASE, 0, 18, 4),
     "region_summary": Header(Kind.REGION_SUMMARY, 0, 17, 4, 4 * 2**20, 4 * 2**20),
     "reply_ok": Header(Kind.READ | REPLY, 0, 1, 4, 0, 2**20, FRAME_PAYLOAD_BYTES_MAX),
     "reply_stale": Header(Kind.WRITE | REPLY, 0, 2, 4, 0, 4096, 0, Status.STALE_EPOCH),

@@ -22,6 +22,7 @@ pub mod kind {
     pub const CACHE: u8 = 8;
     pub const COMPLETED: u8 = 9;
     pub const REPAIR: u8 = 10;
+    pub const LEASE: u8 = 11;
     pub const REGION_SUMMARY: u8 = 16;
 }
 

@@ -70,6 +70,7 @@ fn a_fenced_engine_can_neither_read_nor_write() {
     open(&service, &path, 1);
     let mut old = Client::attach(&service, 1, Role::Data);
     assert_eq!(old.write(0, &block(1)), status::OK);
+    assert_eq!(old.call(kind::LEASE, 0, 0, 0, &[]).0, status::OK);
     service.set_epoch(VOLUME, 2).unwrap();
     let mut rest = Vec::new();
     assert_eq!(std::io::Read::read_to_end(&mut old.socket, &mut rest).unwrap(), 0, "the session is closed");
@@ -78,6 +79,7 @@ fn a_fenced_engine_can_neither_read_nor_write() {
     let mut new = Client::attach(&service, 2, Role::Data);
     new.epoch = 1;
     assert_eq!(new.write(0, &block(3)), status::STALE_EPOCH);
+    assert_eq!(new.call(kind::LEASE, 0, 0, 0, &[]).0, status::STALE_EPOCH);
     new.epoch = 2;
     assert_eq!(new.read(0, 4096).1, block(1));
 }
@@ -109,6 +111,7 @@ fn bad_frames_are_refused_and_change_nothing() {
         (kind::WRITE_PARTIAL, 4000, 200, &[0; 208], status::BAD_REQUEST),
         (kind::WRITE_PARTIAL, 0, 8, &[0; 16], status::BAD_CHECKSUM),
         (kind::REGION_SUMMARY, 4096, 4096, &[], status::BAD_REQUEST),
+        (kind::LEASE, 0, 0, &[1], status::BAD_REQUEST),
         (77, 0, 4096, &[], status::BAD_REQUEST),
     ] {
         assert_eq!(client.call(kind, 0, offset, length, payload).0, expected, "kind {kind} at {offset}");
@@ -116,6 +119,7 @@ fn bad_frames_are_refused_and_change_nothing() {
     let mut peer = Client::attach(&service, 1, Role::Peer);
     assert_eq!(peer.write(0, &block(1)), status::BAD_REQUEST);
     assert_eq!(peer.flush(), status::BAD_REQUEST);
+    assert_eq!(peer.call(kind::LEASE, 0, 0, 0, &[]).0, status::BAD_REQUEST);
     assert_eq!(peer.read(0, 4096).0, [0]);
     assert!(service.dirty_regions(VOLUME).unwrap().is_empty());
 }

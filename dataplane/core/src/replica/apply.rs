@@ -103,8 +103,9 @@ impl Turn<'_> {
         }
         match header.kind {
             kind::FLUSH => self.flush_then_reply(session, header),
-            // Reading ahead is a hint; the page cache does what it can.
-            kind::CACHE => session.reply(header, status::OK),
+            // Reading ahead is a hint; the page cache does what it can. LEASE asks only whether the epoch still
+            // is the newest, and it is, for `check` has passed.
+            kind::CACHE | kind::LEASE => session.reply(header, status::OK),
             _ => {
                 if let Err(error) = self.apply_in_order(session, header, payload) {
                     session.reply(header, status_of(&error));
@@ -280,7 +281,7 @@ pub fn check_frame(header: &Header, payload: &[u8], size_bytes: u64) -> u32 {
     let aligned = header.offset_bytes % BLOCK_BYTES == 0 && length % BLOCK_BYTES == 0;
     let blocks = length / BLOCK_BYTES;
     let (shape_is_right, payload_bytes) = match header.kind {
-        kind::FLUSH | kind::COMPLETED => {
+        kind::FLUSH | kind::COMPLETED | kind::LEASE => {
             return if payload.is_empty() { status::OK } else { status::BAD_REQUEST };
         }
         kind::WRITE => (aligned && length <= FRAME_DATA_BYTES_MAX, blocks * 8 + length),
