@@ -46,6 +46,7 @@ from control.observe import ask_engine, ask_servers, view_node, view_volume
 from control.placement import NodeSpace, place
 from control.processes import Programs, Running, running
 from control.reconcile import NodeState
+from control.stamp import StateStamp
 from control.supervisor import NodeSupervisor, disk_name
 from control.views import SERVING, NodeView, VolumeCreate, VolumeState, VolumeView
 from protocol.errors import (
@@ -77,6 +78,7 @@ class Cluster:
         self,
         layout: Layout,
         store: Store,
+        stamp: StateStamp,
         programs: Programs,
         *,
         key: bytes,
@@ -85,6 +87,7 @@ class Cluster:
     ) -> None:
         self.layout = layout
         self.store = store
+        self._stamp = stamp
         self.supervisors: dict[str, NodeSupervisor] = {}
         self.slots: dict[str, EngineSlot] = {}
         self._controllers: dict[str, VolumeController] = {}
@@ -153,7 +156,7 @@ class Cluster:
         )
         slot.find_living(alive)
         self.slots[name] = slot
-        self._controllers[name] = VolumeController(name, self.store, self, slot, self._now)
+        self._controllers[name] = VolumeController(name, self.store, self._stamp, self, slot, self._now)
         self._spawn(self._run_controller(name), name=f"volume {name}")
 
     async def _run_controller(self, name: str) -> None:

@@ -36,7 +36,7 @@ from control.listeners import choose_port, is_free
 from control.model import NODES_MAX
 from control.processes import Programs
 from control.routes import System
-from control.sqlite_store import SqliteStore
+from control.state import open_state
 from protocol.errors import BadRequest, StorageError
 from protocol.hello import KEY_BYTES
 
@@ -70,11 +70,12 @@ class Daemon:
         if layout.daemon_socket.parent == layout.runtime:
             prepare_runtime_dir(layout.runtime)
         async with AsyncExitStack() as undo:
-            store = await SqliteStore.open(layout.state)
+            store, stamp = await open_state(layout)
             undo.push_async_callback(store.close)
-            await undo.enter_async_context(serve_engines(layout.engine_rpc_socket, EngineCalls(store)))
+            calls = EngineCalls(store, stamp)
+            await undo.enter_async_context(serve_engines(layout.engine_rpc_socket, calls))
             async with asyncio.TaskGroup() as tasks:
-                cluster = Cluster(layout, store, self._programs, key=key, tasks=tasks)
+                cluster = Cluster(layout, store, stamp, self._programs, key=key, tasks=tasks)
                 jobs = Jobs(cluster, tasks)
                 system = System(cluster, jobs, self.shut_down, started_at_s=time.monotonic())
                 await cluster.start(self._node_count)

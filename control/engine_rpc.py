@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,39 @@ from control.documents import Store
 from control.executor import change_volume_status
 from control.listeners import listen_unix
 from control.model import KIND_VOLUME, VolumeSpec, VolumeStatus, record_from_wire, record_of
+from control.stamp import StateStamp
+from control.trust import with_record
 from protocol.errors import BadRequest, Conflict, StaleEpoch, VolumeNotFound
+from protocol.limits import REPLICAS_MAX
 from protocol.rpc import serve_calls
 
 CONNECTIONS_MAX = 1024
 """One per engine; engines of one machine are far fewer."""
 
+OPENS_MAX = 2**62
+"""Of one replica. Its server counts; past this it is no count."""
+
 
 class EngineCalls:
     """Answers calls. Pure but for the store."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stamp: StateStamp) -> None:
         self._store = store
+        self._stamp = stamp
         self._names: dict[str, str] = {}  # by volume id; ids are never used again
 
     async def answer(self, call: str, args: dict[str, Any]) -> Any:
         match call, args:
             case "store.record", {"volume_id": str(volume_id), "epoch": int(epoch), "record": record}:
-                await self._record(volume_id, epoch, record)
+                await self._record(volume_id, epoch, record, _opens(args.get("opens", {})))
                 return {}
             case "store.record", _:
-                raise BadRequest(reason="store.record takes volume_id, epoch and record")
+                raise BadRequest(reason="store.record takes volume_id, epoch, record and opens")
             case _:
                 raise BadRequest(reason=f"there is no call {call[:100]}")
 
-    async def _record(self, volume_id: str, epoch: int, wire: Any) -> None:
-        """Durable when it returns. Repeating the same record is harmless."""
+    async def _record(self, volume_id: str, epoch: int, wire: Any, opens: dict[str, int]) -> None:
+        """Durable when it returns, the state's stamp too. Repeating the same record is harmless."""
         name = await self._name_of(volume_id)
         record = record_from_wire(wire)
 
@@ -58,9 +66,12 @@ class EngineCalls:
             unknown = set(record.in_sync) - status.replica_size_bytes.keys()
             if unknown or not record.in_sync:
                 raise BadRequest(reason=f"in_sync is empty or names replicas nobody knows: {sorted(unknown)}")
-            return status.model_copy(update={"record": record})
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            return with_record(status, record, opens, now)
 
-        await change_volume_status(self._store, name, change)
+        stored = await change_volume_status(self._store, name, change)
+        # Also for a repeated one: the stamp may be what failed the time before.
+        await self._stamp.advance(stored.revision)
 
     async def _name_of(self, volume_id: str) -> str:
         if volume_id not in self._names:
@@ -71,6 +82,16 @@ class EngineCalls:
         if name is None or found is None or found.spec["volume_id"] != volume_id:
             raise VolumeNotFound(volume=volume_id[:100])
         return name
+
+
+def _opens(wire: Any) -> dict[str, int]:
+    """Raises BadRequest."""
+    if not isinstance(wire, dict) or len(wire) > REPLICAS_MAX:
+        raise BadRequest(reason="opens is not a map of replicas")
+    for replica, count in wire.items():
+        if not isinstance(replica, str) or type(count) is not int or not 0 <= count <= OPENS_MAX:
+            raise BadRequest(reason="opens is not a map of replica ids to counts")
+    return dict(wire)
 
 
 @asynccontextmanager

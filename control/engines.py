@@ -16,7 +16,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -46,6 +46,9 @@ RESTART_WAIT_MAX_S = 1.0
 VOLUME_WAITING = "waiting"
 """An engine's word for: I/O waits for replicas."""
 
+EXIT_FENCED = 3
+"""An engine's exit code, PROTOCOL.md: a replica or the state store knows a newer epoch."""
+
 STOP_GRACE_S = 5.0
 DETACH_TIMEOUT_S = 60.0
 """A clean detach flushes all replicas: seconds on a slow disk. Past this it is asked again."""
@@ -63,6 +66,7 @@ class EngineConfig:
     node: str
     replicas: list[dict[str, Any]]
     record: dict[str, Any]
+    grant: dict[str, Any] = field(default_factory=dict)  # optional keys: control.trust.grant_keys
 
 
 class EngineSlot:
@@ -80,6 +84,7 @@ class EngineSlot:
     ) -> None:
         self.name = name
         self.unused_epoch = 0
+        self.fenced_epoch = 0  # of the last engine that ended because a newer epoch is known somewhere
         self.last_end = ""
         self._layout = layout
         self._programs = programs
@@ -141,6 +146,11 @@ class EngineSlot:
             self._log.info("engine adopted", pid=pid)
             self._hold(process, epoch=None, size_bytes=None)
 
+    def predecessors_ended(self) -> bool:
+        """Whether no process that an earlier grant was given to can answer anybody any more: they run on
+        this machine, under these arguments, or not at all."""
+        return self._process is None and not find(self._arguments()[1:])
+
     def start(self, config: EngineConfig, *, tcp_port: int) -> None:
         """Start the engine of ``config.epoch``. The caller wrote the grant before. Raises OSError or
         BadRequest; then nothing was started."""
@@ -157,6 +167,7 @@ class EngineSlot:
             "node": config.node,
             "replicas": config.replicas,
             "record": config.record,
+            **config.grant,
             "key_file": os.fspath(self._layout.key),
             "daemon_socket": os.fspath(self._layout.engine_rpc_socket),
             "control_socket": os.fspath(self._layout.engine_socket(self.name)),
@@ -226,6 +237,8 @@ class EngineSlot:
         assert process is self._process
         lived_s = self._now() - self._started_at_s
         code = process.exit_code
+        if code == EXIT_FENCED and self._epoch is not None:
+            self.fenced_epoch = self._epoch
         how = (
             "ended"
             if code is None

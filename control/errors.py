@@ -34,3 +34,10 @@ class ShuttingDown(StorageError):
 
     code = "shutting_down"
     retryable = True
+
+
+class StateStoreGone(StorageError):
+    """{path} is gone, and this directory has had one. Put it back, or
+    `dolmen recover --from-disks --dir {dir}` makes it anew from what the disks say of themselves."""
+
+    code = "state_store_gone"

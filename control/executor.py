@@ -55,7 +55,9 @@ from control.reconcile import (
     StartEngine,
     plan,
 )
-from protocol.errors import Conflict, NotEnoughReplicas, StorageError, Unreachable
+from control.stamp import StateStamp
+from control.trust import NEWER_EPOCH, distrusted, grant_keys
+from protocol.errors import Conflict, NotEnoughReplicas, StorageError, Unreachable, VolumeNotFound
 
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 5.0
@@ -70,6 +72,10 @@ PLANS_IN_A_ROW_MAX = 100
 controller then goes slowly instead of spinning."""
 
 BUG_WAIT_S = 5.0
+
+CLAIMED_TIMEOUT_S = 0.25
+"""Replicas are asked for their epoch before each grant, also when an engine was killed and clients wait: who
+does not answer within this is not waited for. If it knows a newer epoch, the engine will be told."""
 
 DETACH_WAITING = "detach_waiting"
 """The reason of the condition: a detach cannot flush, because I/O waits for replicas."""
@@ -101,13 +107,20 @@ class VolumeController:
     """``run`` until the volume is gone. ``wake`` after anything changed that it should look at."""
 
     def __init__(
-        self, name: str, store: Store, nodes: Nodes, engine: EngineSlot, now: Callable[[], float]
+        self,
+        name: str,
+        store: Store,
+        stamp: StateStamp,
+        nodes: Nodes,
+        engine: EngineSlot,
+        now: Callable[[], float],
     ) -> None:
         self.name = name
         self.engine = engine
         self.volume: Volume | None = None  # as last read: for tables
         self.attachment: Attachment | None = None
         self._store = store
+        self._stamp = stamp
         self._nodes = nodes
         self._now = now
         self._wake = asyncio.Event()
@@ -223,7 +236,7 @@ class VolumeController:
         """Keep the conditions in the document, with the time they were first seen."""
         assert self.volume is not None
         before = self.volume.status.conditions
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = _now()
 
         def since(condition: Condition) -> Condition:
             old = next((o for o in before if o.reason == condition.reason), None)
@@ -278,7 +291,7 @@ class VolumeController:
                 await self._call_engine("engine.resize", size_bytes=size_bytes)
                 self.engine.grown(size_bytes)
             case GrantEpoch(epoch):
-                await self._grant(volume, epoch)
+                await self._grant_epoch(volume, epoch)
             case StartEngine(epoch):
                 await self._start_engine(volume, epoch)
             case DetachEngine(force):
@@ -301,20 +314,44 @@ class VolumeController:
             )
         )
 
-    async def _grant(self, volume: Volume, epoch: int) -> None:
+    async def _grant_epoch(self, volume: Volume, epoch: int) -> None:
         """The right to write, by compare-and-swap: from here on every older engine is fenced as soon
         as the new one claims its replicas."""
         assert self.attachment is not None
         node = self.attachment.spec.node
+        claimed = await self._newest_claimed(volume)
+        epoch = max(epoch, claimed + 1)
         grant = Grant(epoch=epoch, engine_id=f"{node}/{epoch}/{uuid.uuid4().hex[:8]}", node=node)
 
         def change(status: VolumeStatus) -> VolumeStatus:
-            if status.epoch + 1 != epoch:
+            if status.epoch != volume.status.epoch:
                 raise Conflict(kind=KIND_VOLUME, name=volume.name, revision=volume.document.revision)
+            # Fenced while it held the newest epoch granted: somebody knows one that was not granted here.
+            if claimed > status.epoch or (status.epoch and self.engine.fenced_epoch == status.epoch):
+                status = distrusted(status, NEWER_EPOCH, _now())
             return status.model_copy(update={"grant": grant})
 
-        await self._change_status(change)
+        stored = await self._change_status(change)
+        await self._stamp.advance(stored.revision)
+        if VolumeStatus.model_validate(stored.status).distrust != volume.status.distrust:
+            self._log.warning("state store is distrusted", reason=NEWER_EPOCH, claimed=claimed, epoch=epoch)
         self.engine.unused_epoch = epoch
+
+    async def _newest_claimed(self, volume: Volume) -> int:
+        """The newest epoch that a replica which answers at once says was claimed. One that the state store
+        never granted means that the store forgot it."""
+
+        async def ask(node: str) -> int:
+            try:
+                said = await self._nodes.link(node).call(
+                    "replica.inspect", timeout_s=CLAIMED_TIMEOUT_S, volume_id=volume.spec.volume_id
+                )
+            except StorageError:
+                return 0
+            epoch = said.get("epoch") if isinstance(said, dict) else None
+            return epoch if isinstance(epoch, int) else 0
+
+        return max(await asyncio.gather(*(ask(place.node) for place in volume.spec.replicas)), default=0)
 
     async def _start_engine(self, volume: Volume, epoch: int) -> None:
         attachment, grant = self.attachment, volume.status.grant
@@ -332,6 +369,7 @@ class VolumeController:
                 for place in volume.spec.replicas
             ],
             record=volume.membership.to_wire(),
+            grant=grant_keys(volume, predecessor_ended=self.engine.predecessors_ended()),
         )
         self.engine.start(config, tcp_port=tcp_port)
 
@@ -354,20 +392,24 @@ class VolumeController:
             raise Unreachable(peer=f"engine of {self.name}", reason="it is not running")
         return await link.call(name, **args)
 
-    async def _change_status(self, change: Callable[[VolumeStatus], VolumeStatus]) -> None:
-        await change_volume_status(self._store, self.name, change)
+    async def _change_status(self, change: Callable[[VolumeStatus], VolumeStatus]) -> Document:
+        return await change_volume_status(self._store, self.name, change)
 
 
 async def change_volume_status(
     store: Store, name: str, change: Callable[[VolumeStatus], VolumeStatus]
-) -> None:
-    """Read, change, compare-and-swap. The only way a volume's status is written."""
+) -> Document:
+    """Read, change, compare-and-swap. The only way a volume's status is written. Returns the document as it
+    then stands. Raises VolumeNotFound."""
 
     def changed(document: Document) -> Document:
         status = change(VolumeStatus.model_validate(document.status))
         return Document(document.kind, document.name, document.spec, dump(status), document.revision)
 
-    await update(store, KIND_VOLUME, name, changed)
+    stored = await update(store, KIND_VOLUME, name, changed)
+    if stored is None:
+        raise VolumeNotFound(volume=name)
+    return stored
 
 
 async def change_volume_spec(store: Store, name: str, change: Callable[[VolumeSpec], VolumeSpec]) -> None:
@@ -376,6 +418,10 @@ async def change_volume_spec(store: Store, name: str, change: Callable[[VolumeSp
         return Document(document.kind, document.name, dump(spec), document.status, document.revision)
 
     await update(store, KIND_VOLUME, name, changed)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _describe(action: Action) -> str:

@@ -28,6 +28,7 @@ HTTP_STATUS: Mapping[str, int] = {
     "shutting_down": 503,
     "source_failed": 502,
     "stale_epoch": 409,
+    "state_store_gone": 500,
     "timeout": 504,
     "unreachable": 502,
     "volume_exists_with_other_spec": 409,

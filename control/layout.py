@@ -35,6 +35,7 @@ class Layout:
         self.key = self.dir / "cluster.key"
         self.token = self.dir / "api.token"
         self.state = self.dir / "state.db"
+        self.stamp = self.dir / "state.stamp"
         self.lock = self.dir / "daemon.lock"
         self.daemon_json = self.dir / "daemon.json"
         self.daemon_log = self.dir / "daemon.log"

@@ -124,11 +124,37 @@ class Grant(Model):
     node: Name
 
 
+class Distrust(Model):
+    """The state store may have missed records of this volume: an older copy of it was put back, or it was
+    made anew. Until a record of an epoch newer than ``epoch`` is stored, a newer record may hide at any
+    member of the newest known one that is away. Changed only by ``control.trust``."""
+
+    reason: str
+    epoch: int
+    since: str
+
+
+class Override(Model):
+    """An operator's word to open with exactly these replicas, whatever others may hold. It counts while
+    ``newest`` is still the newest record known, and is spent by the first record of an epoch newer than
+    ``epoch``. Changed only by ``control.trust``."""
+
+    members: tuple[str, ...]
+    newest: tuple[int, int]  # epoch, version
+    epoch: int
+    since: str
+
+
 class VolumeStatus(Model):
     size_bytes: int  # what engines serve: the spec's size once the in-sync replicas have grown
     replica_size_bytes: dict[str, int] = {}  # by replica id; not there: not created yet
     grant: Grant | None = None
     record: Record
+    opens: dict[str, int] = {}  # by replica id: how often its server had opened it, as of the record
+    distrust: Distrust | None = None
+    forked: tuple[str, ...] = ()  # replicas whose history was given up: they may hold writes nobody else has
+    override: Override | None = None
+    left_at: dict[str, str] = {}  # by replica id, not in sync: when a record first left it out
     deleted: tuple[str, ...] = ()  # replicas that are gone, while the volume is being deleted
     conditions: tuple[Condition, ...] = ()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +107,36 @@ class SqliteStore:
             stored = _document(document.kind, document.name, spec, status, revision)
             self._tell(Change(document.kind, document.name, revision, stored))
         return stored
+
+    async def revision(self) -> int:
+        """Of the newest change there was."""
+
+        def read() -> int:
+            return int(self._connection.execute("SELECT revision FROM counter").fetchone()[0])
+
+        return await self._run(read)
+
+    async def put_all(self, documents: Sequence[Document], *, above: int = 0) -> None:
+        """Write all or none, in one transaction, with revisions greater than ``above``. For a start, before
+        anybody watches. Raises Conflict."""
+        assert not self._watchers
+
+        def write() -> None:
+            with self._transaction() as execute:
+                execute("UPDATE counter SET revision = max(revision, ?)", (above,))
+                self._next_revision()  # also without a document: nothing of before is as new
+                for document in documents:
+                    self._expect(document.kind, document.name, document.revision)
+                    execute(
+                        "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?, ?)",
+                        (
+                            *(document.kind, document.name),
+                            *(json.dumps(document.spec), json.dumps(document.status)),
+                            self._next_revision(),
+                        ),
+                    )
+
+        await _to_the_end(self._run(write))
 
     async def delete(self, kind: str, name: str, *, revision: int = ANY_REVISION) -> None:
         def write() -> int:
@@ -224,6 +254,11 @@ def _open(path: Path) -> sqlite3.Connection:
         raise sqlite3.DatabaseError(
             f"its schema version is {version}, this program knows {SCHEMA_VERSION}: use a newer dolmen"
         )
+    # A few KiB of documents: a damaged page must be found before a decision rests on it.
+    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        connection.close()
+        raise sqlite3.DatabaseError(f"it is damaged: {verdict}")
     connection.executescript(SCHEMA)
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     return connection

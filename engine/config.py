@@ -36,7 +36,10 @@ REQUIRED_KEYS = frozenset(
         "listeners",
     }
 )
-OPTIONAL_KEYS = frozenset({"straggler_wait_s", "read_only"})
+GRANT_KEYS = frozenset({"predecessor_ended", "opens", "distrust_store", "forked", "override"})
+"""What the grant says beyond the record. Absent: the defaults of PROTOCOL.md."""
+
+OPTIONAL_KEYS = frozenset({"straggler_wait_s", "read_only"}) | GRANT_KEYS
 
 
 @dataclass(frozen=True, slots=True)

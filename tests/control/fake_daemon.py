@@ -28,7 +28,9 @@ FAKES = Programs(
     engine=(sys.executable, "-P", "-m", "tests.control.fake_engine"),
 )
 
-HARMLESS_CALLS = frozenset({"server.status", "engine.status", "replica.stats", "engine.stats"})
+HARMLESS_CALLS = frozenset(
+    {"server.status", "engine.status", "replica.inspect", "replica.stats", "engine.stats"}
+)
 
 
 def die_at(wanted: int) -> None:

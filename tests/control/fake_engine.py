@@ -2,7 +2,8 @@
 
 It commits record (epoch, 1) in the daemon's store when it starts, answers each NBD client with one
 line ``epoch N`` and keeps it. Files in the volume's directory change what it does:
-``crash`` ends it at once, ``state`` holds the state it tells (in ``waiting`` no replica is reached),
+``crash`` ends it at once, ``fenced`` once as if it met a newer epoch,
+``state`` holds the state it tells (in ``waiting`` no replica is reached),
 ``mute`` makes it answer no call.
 """
 
@@ -93,6 +94,9 @@ async def main() -> int:
     engine = Engine(Path(sys.argv[2]))
     if (engine.dir / "crash").exists():
         return 9
+    if (engine.dir / "fenced").exists():
+        (engine.dir / "fenced").unlink()
+        return EXIT_FENCED
     config = engine.config
     daemon = await RpcClient.connect_unix(config["daemon_socket"])
     try:

@@ -49,6 +49,8 @@ class Server:
                     "space_free_bytes": 2**39,
                     "volumes": [self.inspect(v) for v in self.volumes],
                 }
+            case "replica.inspect":
+                return self.inspect(volume_id)
             case "replica.create":
                 self.volumes.setdefault(volume_id, {k: args[k] for k in ("replica_id", "name", "size_bytes")})
                 self.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -277,6 +278,39 @@ def test_a_stopped_node_is_the_reason_why_a_volume_is_not_redundant(cluster: Fak
     (condition,) = cluster.client.volume("data")["conditions"]
     assert condition["reason"] == "node_stopped" and condition["who"] == "operator" and condition["since"]
     assert "data-r2" in condition["waits_for"] and "dolmen node start node2" in condition["waits_for"]
+
+
+def granted(cluster: FakeCluster) -> dict[str, object]:
+    return dict(json.loads(cluster.layout.engine_config("data").read_text()))
+
+
+def test_an_epoch_that_was_never_granted_is_passed_and_makes_the_state_store_distrusted(
+    cluster: FakeCluster,
+) -> None:
+    cluster.client.create_volume("data", GIB, 3)
+    cluster.client.attach("data")
+    assert granted(cluster)["epoch"] == 1 and "distrust_store" not in granted(cluster)
+    cluster.client.detach("data")
+    cluster.client.stop_node("node2")
+    disk = cluster.layout.disk_dir("node2") / "fake.json"
+    volumes = json.loads(disk.read_text())
+    for volume in volumes.values():
+        volume["epoch"] = 8
+    disk.write_text(json.dumps(volumes))
+    cluster.client.start_node("node2")
+    assert cluster.client.attach("data")["epoch"] == 9
+    assert granted(cluster)["distrust_store"] is True and granted(cluster)["predecessor_ended"] is True
+    cluster.client.detach("data")
+    cluster.client.attach("data")  # a record of epoch 9 was stored
+    assert granted(cluster)["epoch"] == 10 and "distrust_store" not in granted(cluster)
+
+
+def test_a_newest_engine_that_is_fenced_makes_the_state_store_distrusted(cluster: FakeCluster) -> None:
+    cluster.client.create_volume("data", GIB, 3)
+    cluster.layout.volume_dir("data").mkdir(parents=True, exist_ok=True)
+    (cluster.layout.volume_dir("data") / "fenced").touch()
+    assert cluster.client.attach("data")["epoch"] == 2
+    assert granted(cluster)["distrust_store"] is True
 
 
 def test_a_verification_compares_in_sync_replicas_and_names_a_different_one(cluster: FakeCluster) -> None:

@@ -13,6 +13,7 @@ from control.documents import Document
 from control.engine_rpc import EngineCalls, serve_engines
 from control.model import new_volume
 from control.sqlite_store import SqliteStore
+from control.stamp import StateStamp
 from protocol.errors import BadRequest, Conflict, ProtocolViolation, StaleEpoch, VolumeNotFound
 from protocol.rpc import RpcClient
 
@@ -36,7 +37,7 @@ def with_calls(tmp_path: Path, work: Callable[[SqliteStore, EngineCalls], Awaita
         store = await SqliteStore.open(tmp_path / "state.db")
         try:
             await store.put(granted(5))
-            await work(store, EngineCalls(store))
+            await work(store, EngineCalls(store, StateStamp.read(tmp_path / "state.stamp")))
         finally:
             await store.close()
 
