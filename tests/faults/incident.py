@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,9 @@ NOTICED_TIMEOUT_S = 20.0
 """For something that takes about a second on a quiet machine."""
 
 VERIFY_TIMEOUT_S = 60.0
+
+HEALTHY_AGAIN_S_MAX = 10.0
+"""After the network is whole again."""
 
 LOAD_BLOCKS = 48
 """Few, so that conflicts are frequent."""
@@ -156,11 +160,14 @@ class Incident:
 
     @contextlib.contextmanager
     def proxied(self, replica: str) -> Iterator[FaultProxy]:
-        """Everything between its server and all others passes through a proxy; healthy at the start."""
+        """Everything between its server and all others passes through a proxy; healthy at the start, and
+        soon after the last fault."""
         with fault_proxy(self.network, self.port_of(replica)) as proxy:
             self.wait_for("the engine behind the proxy", lambda: proxy.data_connections > 0)
             self.dolmen.wait_for_state(self.name, "healthy")
             yield proxy
+            proxy.behave()
+            self.check_healthy_soon()
 
     # --- load, waiting, the end
 
@@ -202,6 +209,15 @@ class Incident:
         result = self.verify()
         assert result["verdict"] == "same", result
         assert len([replica for replica in result["replicas"] if replica["compared"]]) == 3, result
+
+    def check_healthy_soon(self) -> None:
+        """Called when the fault is over."""
+        started = time.monotonic()
+        self.dolmen.wait_for_state(self.name, "healthy", timeout_s=2 * HEALTHY_AGAIN_S_MAX)
+        took_s = time.monotonic() - started
+        print(f"healthy {took_s:.1f} s after the end of the fault")
+        assert took_s < HEALTHY_AGAIN_S_MAX
+        self.check_healthy_and_equal()
 
     def verify(self) -> dict[str, Any]:
         """What ``dolmen replica verify -o json`` shows, without starting a program."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from bench.network import Direction
@@ -15,18 +13,6 @@ STALL_S_MAX = {"silence": 1.5, "reset": 0.25}
 
 SLACK = 4.0
 BASE_S = 0.5
-
-HEALTHY_AGAIN_S_MAX = 10.0
-"""After the network is whole again."""
-
-
-def wait_until_healthy_again(incident: Incident) -> None:
-    started = time.monotonic()
-    incident.dolmen.wait_for_state(incident.name, "healthy", timeout_s=2 * HEALTHY_AGAIN_S_MAX)
-    took_s = time.monotonic() - started
-    print(f"healthy {took_s:.1f} s after the end of the fault")
-    assert took_s < HEALTHY_AGAIN_S_MAX
-    incident.check_healthy_and_equal()
 
 
 @pytest.mark.parametrize("direction", list(Direction), ids=lambda direction: direction.value)
@@ -43,7 +29,7 @@ def test_a_replica_that_vanishes_without_a_word_costs_a_stall_and_comes_back(
         assert workload.latency_max_s < STALL_S_MAX["silence"] * SLACK
         networked.network.heal()
         networked.dolmen.wait_for_state(networked.name, "healthy")
-    wait_until_healthy_again(networked)
+    networked.check_healthy_soon()
 
 
 def test_a_replica_whose_connections_are_reset_is_left_out_at_once_and_comes_back(
@@ -57,7 +43,7 @@ def test_a_replica_whose_connections_are_reset_is_left_out_at_once_and_comes_bac
         print(f"the slowest answer took {workload.latency_max_s:.2f} s")
         assert workload.latency_max_s < STALL_S_MAX["reset"] * SLACK + BASE_S
         networked.network.heal()
-    wait_until_healthy_again(networked)
+    networked.check_healthy_soon()
 
 
 @pytest.mark.parametrize("how", ["silence", "reset"])
@@ -73,7 +59,7 @@ def test_a_link_that_flaps_ends_in_a_healthy_volume(networked: Incident, how: st
             workload.wait_for_answers(200)
             network.heal()
             workload.wait_for_answers(200)
-        wait_until_healthy_again(networked)
+        networked.check_healthy_soon()
 
 
 def test_packets_lost_at_random_cost_time_and_nothing_else(networked: Incident) -> None:
@@ -82,7 +68,7 @@ def test_packets_lost_at_random_cost_time_and_nothing_else(networked: Incident) 
         networked.network.lose(networked.port_of(victim), percent=5)
         workload.wait_for_answers(300)
         networked.network.heal()
-    wait_until_healthy_again(networked)
+    networked.check_healthy_soon()
 
 
 def test_an_engine_cut_off_from_all_replicas_waits_and_goes_on(networked: Incident) -> None:
@@ -93,7 +79,7 @@ def test_an_engine_cut_off_from_all_replicas_waits_and_goes_on(networked: Incide
         networked.wait_for_waiting(workload)
         networked.network.heal()
         workload.wait_for_answers(300)
-    wait_until_healthy_again(networked)
+    networked.check_healthy_soon()
 
 
 def test_an_engine_cut_off_from_two_of_three_goes_on_with_what_the_store_recorded(
@@ -108,4 +94,4 @@ def test_an_engine_cut_off_from_two_of_three_goes_on_with_what_the_store_recorde
         assert client.read(0, 8) == b"one copy"
         networked.network.heal()
         assert client.reconnect_count == 0
-    wait_until_healthy_again(networked)
+    networked.check_healthy_soon()

@@ -91,6 +91,11 @@ class FaultProxy:
     def resume(self) -> None:
         self._flowing.set()
 
+    def behave(self) -> None:
+        """Every knob back: it only passes things on."""
+        self.tamper, self.delay_s, self.rate_bytes_s = unchanged, 0.0, 0.0
+        self.resume()
+
     @property
     def stalled(self) -> bool:
         return not self._flowing.is_set()
@@ -120,8 +125,8 @@ class _Shell:
         self._tasks.add(task)
         try:
             await self._carry(reader, writer)
-        except (OSError, EOFError):
-            pass  # one side ended, and so does the other
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass  # one side ended, and so does the other; or all end
         finally:
             self._tasks.discard(task)
             writer.transport.abort()
@@ -274,7 +279,7 @@ def fault_proxy(network: PrivateNetwork, port: int) -> Iterator[FaultProxy]:
         yield proxy
     finally:
         network.heal(port)
-        proxy.resume()
+        proxy.behave()
         loop.call_soon_threadsafe(ended.set)
         thread.join()
     assert not failures, failures
