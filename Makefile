@@ -6,11 +6,11 @@ STAMPS := .cache
 # What dataplane/Cargo.toml asks for; Debian 12's own cargo is older.
 RUST_MIN := 1.85
 DEBIAN_PACKAGES := $(shell grep -v '^\#' deploy/debian-packages.txt)
-RUST_SOURCES := $(shell find dataplane -name '*.rs' -not -path '*/target/*') dataplane/Cargo.toml dataplane/Cargo.lock \
+RUST_SOURCES := $(shell find dataplane -name '*.rs' -not -path '*/target/*' -not -path '*/fuzz/*') dataplane/Cargo.toml dataplane/Cargo.lock \
 	dataplane/core/Cargo.toml dataplane/binding/Cargo.toml
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo || echo 'no-sudo-here:-run-as-root')
 
-.PHONY: demo test check build packages bench bench-quick fmt clean sizes test-python test-rust help lock
+.PHONY: demo test check build packages bench bench-quick fmt clean sizes fuzz test-python test-rust help lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*##/ -/'
@@ -70,6 +70,14 @@ bench: build  ## measure beside other systems: interleaved rounds, table and pic
 
 bench-quick: build  ## the same in a few minutes
 	@$(VENV)/bin/dolmen bench compare --rounds 2 --seconds 3
+
+$(STAMPS)/fuzz-tools: tests/fuzz/requirements.lock | $(STAMPS)/venv
+	@command -v c++ >/dev/null || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++ >/dev/null; }
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --require-hashes -r tests/fuzz/requirements.lock
+	@touch $@
+
+fuzz: build $(STAMPS)/fuzz-tools  ## fuzz frames, NBD, store files, parsers and the REST API: SECONDS=60 for each target
+	@$(PY) -m tests.fuzz.run --seconds $(or $(SECONDS),60)
 
 sizes:  ## the longest files
 	@git ls-files '*.py' '*.rs' | xargs wc -l | sort -n | tail -15
