@@ -41,7 +41,7 @@ $(STAMPS)/venv: requirements.lock | $(STAMPS)/packages
 
 $(STAMPS)/built: $(STAMPS)/venv $(RUST_SOURCES) pyproject.toml
 	@echo "compiling the data plane"
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --locked -q -m dataplane/binding/Cargo.toml
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/maturin develop --release --locked -q --features sim -m dataplane/binding/Cargo.toml
 	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

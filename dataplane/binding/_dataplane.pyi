@@ -167,3 +167,206 @@ class EngineLoop:
         in_flight, in_flight_bytes, waiting, repairs; latency_us_read / _write / _flush: list of
         bucket counts (bucket i: up to 2**i microseconds, 24 buckets) with latency_us_*_sum;
         slots: list of {"connected", "mode", "in_flight", "requests", "bytes", "latency_us_sum"}."""
+
+class SimPass:
+    """The right to pull for the resync that was under way when ``SimStore.pull_pass`` made it."""
+
+class SimPull:
+    """One region on its way to be equal to a source's. Made by ``SimStore.pull_compare``."""
+
+    @property
+    def reads(self) -> list[tuple[int, int]]:
+        """(first_block, count): each must be read from the source and given to ``SimStore.pull_copy``."""
+
+    def counts(self) -> dict[str, int]:
+        """{"blocks_compared", "blocks_copied", "bytes_copied", "blocks_unreadable", "blocks_damaged"}."""
+
+class SimStore:
+    """For the simulator, and only in builds with the cargo feature ``sim`` (``make build`` has it, a release
+    wheel has not): the code of one replica's store, exactly, on a disk in memory, driven call by call. No
+    thread, no socket, no clock, no randomness of its own: the same calls give the same answers.
+    Code: dataplane/core/src/simstore.rs over simdisk.rs.
+
+    Errors are NativeError like everywhere; "closed" also says that the process was killed (``kill_after``)
+    or that the store is not open. A store whose disk failed refuses everything with "io_error" until it is
+    opened again (C15)."""
+
+    def __init__(self) -> None:
+        """An empty disk."""
+
+    @staticmethod
+    def canary(name: str, on: bool = True) -> None:
+        """Switch a bug on or off, for every store of this process: the real bug in the real code path.
+        Clear it in a ``finally``. What each is: dataplane/core/src/canary.rs."""
+
+    @staticmethod
+    def canaries() -> list[str]:
+        """Their names."""
+
+    @staticmethod
+    def checksums(first_block: int, data: bytes) -> bytes:
+        """What an engine sends along with these whole blocks: 8 bytes each."""
+
+    def copy(self) -> SimStore:
+        """A closed store on a copy of the disk as it is now: a directory copied aside, to be put back later
+        by using the copy in this one's stead. Page cache and what is not synced yet included."""
+
+    # -- its life
+
+    def create(self, size_bytes: int) -> None:
+        """Make the files. Whole blocks, at least one region (4 MiB). Durable on return."""
+
+    def open(self, size_bytes: int, epoch: int, stamp: tuple[int, int]) -> dict[str, int]:
+        """Open and recover, as ReplicaLoop.open_store; the same answer. Needs an end before: ``crash``,
+        ``power_loss`` or ``close``. Also after "closed", when the process was killed, and after a failure."""
+
+    @property
+    def is_open(self) -> bool: ...
+    def close(self) -> None:
+        """Flush and close. Closed even if it raises."""
+
+    def crash(self) -> None:
+        """The process dies here; the page cache lives. Faults stay."""
+
+    def power_loss(self, seed: int, loss: str = "torn") -> None:
+        """The machine dies and boots again: of what was not synced a part is lost, chosen by ``seed``.
+        ``loss``: "torn" each 512-byte sector stops at a moment of its own; "all_or_nothing" each sector keeps
+        all or nothing; "prefix" each file keeps everything up to one moment; "all" nothing is kept."""
+
+    def kill_after(self, operations: int) -> None:
+        """The process dies in the middle of the call that does this many more disk operations (a write, a
+        punch, a sync each count 1); that call raises "closed". Then ``crash`` or ``power_loss``, then
+        ``open``."""
+
+    def drop_cache(self) -> None:
+        """The page cache forgets everything that it believes to be on the disk: reads show the disk's own
+        bytes. Changes something only after a failed sync."""
+
+    def set_now_ms(self, now_ms: int) -> None:
+        """The store's clock, which only tells idle regions (3000 ms) for ``flush("idle")``."""
+
+    def take_events(self) -> list[tuple[str, str] | tuple[str, int]]:
+        """("store_failed", reason) and ("block_damaged", block_index), since the last call."""
+
+    # -- requests. ``epoch``: the frame's; None: the store's own. Another one raises "stale_epoch".
+
+    def write(
+        self,
+        offset_bytes: int,
+        data: bytes,
+        request_id: int = 0,
+        epoch: int | None = None,
+        checksums: bytes | None = None,
+    ) -> None:
+        """WRITE of whole blocks (at most 1 MiB), or WRITE_PARTIAL within one block. Marks its regions first.
+        ``checksums``: as they came with the frame, where they are not right for this place; then
+        "bad_request". An answer means: a crash keeps it; a power loss may take it until the next flush."""
+
+    def zero(
+        self,
+        offset_bytes: int,
+        length_bytes: int,
+        request_id: int = 0,
+        epoch: int | None = None,
+        keep_space: bool = False,
+    ) -> None:
+        """WRITE_ZEROES, of whole blocks; ``keep_space``: with NO_HOLE."""
+
+    def trim(
+        self, offset_bytes: int, length_bytes: int, request_id: int = 0, epoch: int | None = None
+    ) -> None:
+        """TRIM, of whole blocks: reads as zeroes afterwards."""
+
+    def repair(self, block_index: int, data: bytes, epoch: int | None = None) -> bool:
+        """REPAIR: whether the copy here was bad, and was written."""
+
+    def read(self, offset_bytes: int, length_bytes: int, epoch: int | None = None) -> tuple[list[int], bytes]:
+        """READ of whole blocks: one entry per block (0, 1: zeroes; 2: no good copy here; more: its checksum,
+        verified) and all bytes of the range, zeroes where the entry is 0, 1 or 2."""
+
+    def read_reply(self, offset_bytes: int, length_bytes: int, epoch: int | None = None) -> bytes:
+        """The payload of the same READ's answer, for ``pull_copy``."""
+
+    def flush(self, clean: str = "nothing") -> None:
+        """A whole flush. ``clean``: "nothing"; "idle": also clean regions that are equal (``completed``,
+        ``complete_regions``) and idle; "all": clean all, for a detach."""
+
+    def flush_step(self, clean: str = "nothing") -> bool:
+        """Begin a flush, or take the one under way one step on (sync data, write stable bits, sync map,
+        finish). True when it is done: what was answered *before it began* is durable. Other calls may come
+        between."""
+
+    # -- regions, as ReplicaLoop's calls of the same names
+
+    def dirty_regions(self) -> list[int]: ...
+    def changed_since(self, epoch: int, version: int) -> list[int]: ...
+    def set_epoch(self, epoch: int) -> None: ...
+    def set_stamp(self, epoch: int, version: int) -> None: ...
+    def completed(self, request_id: int) -> None:
+        """Frame COMPLETED: everything up to this id is answered by all replicas in sync."""
+
+    def complete_regions(self, regions: list[int]) -> None: ...
+    def resize(self, size_bytes: int) -> None: ...
+    def begin_resync(self, regions: list[int]) -> None: ...
+    def end_resync(self) -> None: ...
+    def summary(self, region: int) -> bytes:
+        """REGION_SUMMARY's answer, for ``pull_compare``."""
+
+    def entries(self, region: int) -> list[int]:
+        """The same as numbers."""
+
+    def pull_pass(self, take_damaged: bool = False) -> SimPass:
+        """What ReplicaLoop.pull_regions notes when it begins; after ``set_epoch``, ``begin_resync`` or
+        ``end_resync`` it is void ("stale_epoch", "closed")."""
+
+    def pull_compare(self, pull_pass: SimPass, region: int, summary: bytes) -> SimPull:
+        """First step: compare with the source's ``summary``."""
+
+    def pull_copy(self, pull: SimPull, first_block: int, count: int, reply: bytes) -> None:
+        """Second step, once for each of ``pull.reads``, with the source's ``read_reply`` of that range. What
+        live writes made fresh meanwhile is left alone. Raises "source_failed" if it does not verify."""
+
+    def pull_finish(self, pull: SimPull) -> bool:
+        """Last step: is the region equal to the source now? Then it has left the set of begin_resync."""
+
+    def pull_region(
+        self, source: SimStore, region: int, take_damaged: bool = False
+    ) -> tuple[bool, dict[str, int]]:
+        """All steps for one region, with nothing between."""
+
+    # -- what happens to disks. ``file``: "data", "map" or "regions".
+
+    def fail_next(
+        self,
+        operation: str,
+        errno: int,
+        file: str = "",
+        after: int = 0,
+        count: int = 1,
+        written_bytes: int = 0,
+    ) -> None:
+        """After ``after`` good ones, the next ``count`` of these operations ("read", "write", "sync",
+        "punch", "reserve") on ``file`` (empty: any) fail with ``errno`` (5 EIO, 28 ENOSPC).
+        ``written_bytes`` of a failing write arrive. After a failed sync some of what was unsynced is lost, the
+        page cache does not know, and no later sync writes it."""
+
+    def fill_up(self, file: str = "data", left_bytes: int = 0) -> None:
+        """The disk is full for this file, but for the first ``left_bytes`` of each write."""
+
+    def clear_faults(self) -> None:
+        """Of ``fail_next`` and ``fill_up``."""
+
+    def rot(self, block_index: int, bit: int = 0) -> None:
+        """One bit of the block changes on the disk. The next read finds it. In a dirty region, after a crash
+        and before any read, the next open takes it for an overwrite that was not flushed (FORMAT.md,
+        "Recovery"): no store can tell the two apart, so let clean regions rot, or read first."""
+
+    def swap(self, block_index: int, other_index: int) -> None:
+        """Two blocks change places on the disk, with their entries. As for ``rot``."""
+
+    def flip(self, file: str, offset_bytes: int) -> None:
+        """One bit of a file changes on the disk."""
+
+    def truncate(self, file: str, length_bytes: int) -> None: ...
+    @property
+    def allocated_blocks(self) -> int: ...

@@ -8,15 +8,25 @@ use std::path::PathBuf;
 use dolmen_core::replica::error::StoreError;
 use dolmen_core::replica::format::Stamp;
 use dolmen_core::replica::handle::Event;
-use dolmen_core::replica::recovery::OpenOptions;
+use dolmen_core::replica::recovery::{OpenOptions, Opened};
 use dolmen_core::replica::service::{ReplicaService, Role};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::errors::native_error;
 
-fn to_python(error: StoreError) -> PyErr {
+pub fn to_python(error: StoreError) -> PyErr {
     native_error(error.kind.word(), &error.message)
+}
+
+pub fn opened_counts(opened: &Opened) -> HashMap<&'static str, u64> {
+    HashMap::from([
+        ("dirty_regions", opened.dirty_regions),
+        ("blocks_verified", opened.blocks_verified),
+        ("blocks_recomputed", opened.blocks_recomputed),
+        ("blocks_dropped", opened.blocks_dropped),
+        ("regions_damaged", opened.regions_damaged),
+    ])
 }
 
 /// A descriptor of our own for a socket that stays Python's.
@@ -82,13 +92,7 @@ impl ReplicaLoop {
         let options = OpenOptions::new(size_bytes, epoch, Stamp { epoch: stamp.0, version: stamp.1 });
         let opened =
             py.detach(|| self.service.open_store(&volume_id, path, &chain, options)).map_err(to_python)?;
-        Ok(HashMap::from([
-            ("dirty_regions", opened.dirty_regions),
-            ("blocks_verified", opened.blocks_verified),
-            ("blocks_recomputed", opened.blocks_recomputed),
-            ("blocks_dropped", opened.blocks_dropped),
-            ("regions_damaged", opened.regions_damaged),
-        ]))
+        Ok(opened_counts(&opened))
     }
 
     fn close_store(&self, py: Python<'_>, volume_id: String) -> PyResult<()> {
@@ -151,10 +155,11 @@ impl ReplicaLoop {
             py.detach(|| self.service.pull_regions(&volume_id, fd, epoch, &regions)).map_err(to_python)?;
         Ok(HashMap::from([
             ("regions", pulled.regions),
-            ("blocks_compared", pulled.blocks_compared),
-            ("blocks_copied", pulled.blocks_copied),
-            ("bytes_copied", pulled.bytes_copied),
-            ("blocks_unreadable", pulled.blocks_unreadable),
+            ("blocks_compared", pulled.tally.blocks_compared),
+            ("blocks_copied", pulled.tally.blocks_copied),
+            ("bytes_copied", pulled.tally.bytes_copied),
+            ("blocks_unreadable", pulled.tally.blocks_unreadable),
+            ("blocks_damaged", pulled.tally.blocks_damaged),
         ]))
     }
 

@@ -3,6 +3,8 @@
 
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
+use crate::canary::{self, Canary};
+
 /// Block map entries below the smallest checksum.
 pub const ENTRY_ABSENT: u64 = 0;
 pub const ENTRY_ZERO: u64 = 1;
@@ -14,7 +16,8 @@ pub const CHECKSUM_MIN: u64 = 3;
 /// lands in the wrong place does not verify there (C16).
 #[inline]
 pub fn block_checksum(block_index: u64, data: &[u8]) -> u64 {
-    xxh3_64_with_seed(data, block_index).max(CHECKSUM_MIN)
+    let place = if canary::is_set(Canary::ChecksumWithoutPlace) { 0 } else { block_index };
+    xxh3_64_with_seed(data, place).max(CHECKSUM_MIN)
 }
 
 /// Checksum of part of a block, which travels with a WRITE_PARTIAL frame; seeded with the byte offset.

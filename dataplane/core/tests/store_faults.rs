@@ -4,13 +4,13 @@ mod common;
 
 use std::path::Path;
 
-use common::disk::{Loss, MemoryDisk, MemoryFile};
 use common::{block, blocks, write_payload, BLOCK, REGION};
 use dolmen_core::replica::error::{ErrorKind, StoreError};
 use dolmen_core::replica::flush::Clean;
 use dolmen_core::replica::format::{chunk_at, record_at, Stamp};
 use dolmen_core::replica::recovery::{create_store, open_store, OpenOptions, Opened};
 use dolmen_core::replica::store::{regions_of, Store, StoreEvent};
+use dolmen_core::simdisk::{Loss, MemoryDisk, MemoryFile};
 
 const SIZE: u64 = 3 * REGION;
 const STAMP: Stamp = Stamp { epoch: 1, version: 1 };

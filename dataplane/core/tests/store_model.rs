@@ -7,13 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::rc::Rc;
 
-use common::disk::{Loss, MemoryDisk, MemoryFile};
 use dolmen_core::checksum::block_checksum;
 use dolmen_core::replica::flush::{Clean, FlushPlan};
 use dolmen_core::replica::format::Stamp;
 use dolmen_core::replica::map::CHUNKS_CACHED_MIN;
 use dolmen_core::replica::recovery::{create_store, open_store, OpenOptions};
 use dolmen_core::replica::store::{regions_of, Store};
+use dolmen_core::simdisk::{Loss, MemoryDisk, MemoryFile};
 use proptest::prelude::*;
 
 const BLOCK: usize = 4096;

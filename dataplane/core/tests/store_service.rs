@@ -209,13 +209,13 @@ fn a_resync_makes_regions_equal_and_spares_fresh_blocks() {
     assert_eq!(target.write(45056, &block(77)), status::OK, "a live write, which the source missed");
     let pulled = pull(&service, "a", "b", &regions);
     assert_eq!(pulled.regions, regions.len() as u64);
-    assert_eq!(pulled.blocks_copied, 2 + 99 + 1 + 256);
+    assert_eq!(pulled.tally.blocks_copied, 2 + 99 + 1 + 256);
     service.end_resync("b").unwrap();
     assert_eq!(target.read(45056, 4096).1, block(77));
     assert_eq!(source.write(45056, &block(77)), status::OK);
     let digests = ["a", "b"].map(|volume| service.verify(volume, 0, 16).unwrap().digest);
     assert_eq!(digests[0], digests[1]);
-    assert_eq!(pull(&service, "a", "b", &regions).blocks_copied, 0);
+    assert_eq!(pull(&service, "a", "b", &regions).tally.blocks_copied, 0);
 }
 
 #[test]

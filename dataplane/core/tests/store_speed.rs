@@ -7,12 +7,12 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
 
-use common::disk::Dice;
 use common::{block, write_payload, VOLUME};
 use dolmen_core::frame::{kind, Header, HEADER_BYTES};
 use dolmen_core::replica::format::Stamp;
 use dolmen_core::replica::recovery::OpenOptions;
 use dolmen_core::replica::service::{ReplicaService, Role};
+use dolmen_core::simdisk::Dice;
 
 const SIZE: u64 = 1 << 30;
 const DEPTH: usize = 32;

@@ -9,6 +9,8 @@ use std::path::Path;
 use rustix::fs::{fallocate, flock, seek, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
+use crate::canary::{self, Canary};
+
 /// How far a write came before it failed.
 #[derive(Debug)]
 pub struct ShortWrite {
@@ -60,6 +62,15 @@ pub trait Disk: Send + Sync + 'static {
     fn lock(&self, path: &Path) -> io::Result<Option<Self::File>>;
     /// Changes whenever this machine may have lost its page cache.
     fn boot_id(&self) -> [u8; 16];
+}
+
+/// Every sync of a store goes through here. A failure is final: the kernel reports it once, and may have
+/// dropped what it could not write (C15).
+pub fn sync<F: BlockFile>(file: &F) -> io::Result<()> {
+    match file.sync_data() {
+        Err(_) if canary::is_set(Canary::FsyncRetried) => file.sync_data(),
+        result => result,
+    }
 }
 
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];

@@ -7,10 +7,11 @@
 
 use std::io;
 
+use crate::canary::{self, Canary};
 use crate::limits::REGION_BLOCKS;
 
 use super::error::{Result, StoreError};
-use super::files::BlockFile;
+use super::files::{sync, BlockFile};
 use super::format::{bit, Bits, BIT_WORDS};
 use super::store::Store;
 use crate::region_map::RegionMap;
@@ -48,12 +49,27 @@ impl<F: BlockFile> Store<F> {
     }
 
     pub fn begin_flush(&mut self, clean: Clean) -> FlushPlan {
-        FlushPlan {
+        let mut plan = FlushPlan {
             seq: self.write_seq,
             sync_data: std::mem::take(&mut self.data_unsynced),
             sync_map: false,
             settling: std::mem::take(&mut self.unstable),
             cleaning: self.choose_to_clean(clean),
+        };
+        if canary::is_set(Canary::StableBeforeData) || canary::is_set(Canary::DirtyClearedEarly) {
+            self.sing(&mut plan);
+        }
+        plan
+    }
+
+    /// The bugs of two canaries.
+    #[cold]
+    fn sing(&mut self, plan: &mut FlushPlan) {
+        let _ = self.settle_and_vouch(plan);
+        if canary::is_set(Canary::DirtyClearedEarly) {
+            for (region, write_count) in &plan.cleaning {
+                let _ = self.log.clear_if_untouched(*region, *write_count);
+            }
         }
     }
 
@@ -73,7 +89,8 @@ impl<F: BlockFile> Store<F> {
             Clean::Idle => dirty
                 .iter()
                 .filter(|(_, known)| {
-                    !known.held && known.last_write_id <= self.completed_id && wanted(known.touched_ms)
+                    let equal = !known.held && known.last_write_id <= self.completed_id;
+                    (equal || canary::is_set(Canary::CleanedUncompleted)) && wanted(known.touched_ms)
                 })
                 .map(|(region, known)| (known.touched_ms, *region, known.write_count))
                 .collect(),
@@ -140,11 +157,11 @@ impl<F: BlockFile> Store<F> {
         let mut plan = self.begin_flush(clean);
         let (data, map) = (self.layers[0].data.clone(), self.map_file());
         if plan.sync_data {
-            self.synced("data", data.sync_data())?;
+            self.synced("data", sync(&*data))?;
         }
         self.after_data_sync(&mut plan)?;
         if plan.sync_map {
-            self.synced("map", map.sync_data())?;
+            self.synced("map", sync(&*map))?;
         }
         self.finish_flush(plan)
     }

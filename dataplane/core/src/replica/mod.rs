@@ -17,6 +17,7 @@ pub mod pull;
 pub mod read;
 pub mod recovery;
 pub mod regions;
+pub mod resync;
 pub mod server_loop;
 pub mod service;
 pub mod session;

@@ -13,7 +13,7 @@ use std::thread::{Builder, JoinHandle};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::error::{ErrorKind, Result, StoreError};
-use super::files::{BlockFile, Disk, RealDisk};
+use super::files::{sync, BlockFile, Disk, RealDisk};
 use super::flush::Clean;
 use super::format::Stamp;
 use super::handle::{Event, Message, NewSession, Shared, StoreHandle};
@@ -152,7 +152,7 @@ impl ReplicaService {
     }
 
     fn sync_regions(&self, handle: &Arc<StoreHandle>) -> Result<()> {
-        let result = handle.regions_file.sync_data();
+        let result = sync(&*handle.regions_file);
         let mut guarded = handle.lock(&self.shared);
         let result = guarded.store.synced("regions", result);
         self.shared.settle(handle, &mut guarded);

@@ -10,10 +10,11 @@ use crate::frame::status;
 use crate::limits::BLOCK_BYTES;
 
 use super::error::{ErrorKind, Result, StoreError};
-use super::files::BlockFile;
+use super::files::sync;
 use super::flush::Clean;
 use super::handle::{FlushJob, Message, Popped, ReadDone, ReadJob, Shared, StoreHandle, Waiter};
 use super::read::read_present;
+use super::store::sync_marks as sync_marks_file;
 
 /// How often a cleaner looks for idle regions, while any is dirty.
 const CLEAN_TICK: Duration = Duration::from_secs(1);
@@ -37,7 +38,7 @@ fn sync_marks(shared: &Shared, handle: &Arc<StoreHandle>) {
         guarded.mark_queued = false;
         guarded.store.take_unsynced_marks()
     };
-    let result = handle.regions_file.sync_data();
+    let result = sync_marks_file(&*handle.regions_file);
     let mut guarded = handle.lock(shared);
     if guarded.store.synced("regions", result).is_ok() {
         guarded.store.finish_marks(&marks);
@@ -125,18 +126,18 @@ fn flush_steps(
 ) -> Result<()> {
     handle.lock(shared).store.check_alive()?;
     if plan.sync_data {
-        let result = handle.data_files[0].sync_data();
+        let result = sync(&*handle.data_files[0]);
         handle.lock(shared).store.synced("data", result)?;
     }
     handle.lock(shared).store.after_data_sync(&mut plan)?;
     if plan.sync_map {
-        let result = handle.map_file.sync_data();
+        let result = sync(&*handle.map_file);
         handle.lock(shared).store.synced("map", result)?;
     }
     let cleaned = handle.lock(shared).store.finish_flush(plan)?;
     if cleaned > 0 && clean == Clean::All {
         // Nobody will write here for long: let the next open find nothing to do.
-        let result = handle.regions_file.sync_data();
+        let result = sync(&*handle.regions_file);
         handle.lock(shared).store.synced("regions", result)?;
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! Writing to a store. Every function here needs its regions marked (`begin_marks`), writes data before
 //! entries, and leaves entries in memory until `commit`.
 
+use crate::canary::{self, Canary};
 use crate::checksum::{block_checksum, ENTRY_ABSENT, ENTRY_DAMAGED, ENTRY_ZERO};
 use crate::limits::{BLOCK_BYTES, REGION_BLOCKS};
 
@@ -125,6 +126,12 @@ impl<F: BlockFile> Store<F> {
         let block = u64::from(region) * REGION_BLOCKS + first as u64;
         let (offset, length) = (block * BLOCK_BYTES, (end - first) as u64 * BLOCK_BYTES);
         self.note_write(block, (end - first) as u64, request_id);
+        if canary::is_set(Canary::PunchAfterEntry) {
+            self.set_entries(block, (end - first) as u64, |_| ENTRY_ZERO)?;
+            self.commit()?;
+            let result = self.layers[0].data.punch(offset, length);
+            return result.map_err(|error| StoreError::from_io("zeroing", &error));
+        }
         let data = &self.layers[0].data;
         let result = if keep { data.zero(offset, length) } else { data.punch(offset, length) };
         match result {
@@ -143,7 +150,8 @@ impl<F: BlockFile> Store<F> {
     pub fn repair(&mut self, block: u64, checksum: &[u8], data: &[u8], request_id: u64) -> Result<bool> {
         self.check_alive()?;
         let mut found = [0; BLOCK];
-        if self.read_block(block, &mut found)?.is_some() {
+        let good = self.read_block(block, &mut found)?.is_some();
+        if good && !canary::is_set(Canary::RepairUnconditional) {
             return Ok(false);
         }
         self.write_blocks(block, checksum, data, request_id)?;
@@ -162,8 +170,10 @@ impl<F: BlockFile> Store<F> {
         let region = (first_block / REGION_BLOCKS) as u32;
         // Taken out while this writes: a copy is not a live write.
         let fresh = self.resync.remove(&region);
-        let is_fresh =
-            |at: u64| fresh.is_some_and(|bits| bit(&bits, ((first_block + at) % REGION_BLOCKS) as usize));
+        let fresh_index = |at: u64| ((first_block + at) % REGION_BLOCKS) as usize;
+        let is_fresh = |at: u64| {
+            !canary::is_set(Canary::PullOverFresh) && fresh.is_some_and(|bits| bit(&bits, fresh_index(at)))
+        };
         let mut written = 0;
         let mut result = Ok(());
         let mut low = 0;
@@ -193,8 +203,21 @@ impl<F: BlockFile> Store<F> {
         result.map(|()| written)
     }
 
+    /// A block of which no good copy is to be had: readers are told so. Its region must be marked.
+    pub(super) fn set_damaged(&mut self, block: u64) -> Result<()> {
+        self.check_alive()?;
+        self.load_chunks(block, 1)?;
+        self.note_write(block, 1, 0);
+        self.set_entries(block, 1, |_| ENTRY_DAMAGED)?;
+        self.note_damaged(block);
+        Ok(())
+    }
+
     /// The blocks of a region that a resync must not touch, if it is being resynced.
     pub fn fresh_blocks(&self, region: u32) -> Bits {
+        if canary::is_set(Canary::PullOverFresh) {
+            return [0; BIT_WORDS];
+        }
         self.resync.get(&region).copied().unwrap_or([0; BIT_WORDS])
     }
 

@@ -1,8 +1,6 @@
 //! A client that speaks frames to a replica server over a socket pair.
 #![allow(dead_code)] // each test file uses its part
 
-pub mod disk;
-
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
