@@ -60,7 +60,7 @@ check: build  ## what CI checks besides tests
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
-	@cd dataplane && cargo fmt --check && cargo clippy --locked --release -q --all-targets -- -D warnings
+	@cd dataplane && cargo fmt --check && cargo clippy --locked --release -q --all-targets --features dolmen-binding/sim -- -D warnings
 
 fmt: build  ## format everything
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix . && cd dataplane && cargo fmt

@@ -347,8 +347,8 @@ class SimStore:
     ) -> None:
         """After ``after`` good ones, the next ``count`` of these operations ("read", "write", "sync",
         "punch", "reserve") on ``file`` (empty: any) fail with ``errno`` (5 EIO, 28 ENOSPC).
-        ``written_bytes`` of a failing write arrive. After a failed sync some of what was unsynced is lost, the
-        page cache does not know, and no later sync writes it."""
+        ``written_bytes`` of a failing write arrive. After a failed sync some of what was unsynced is lost,
+        the page cache does not know, and no later sync writes it."""
 
     def fill_up(self, file: str = "data", left_bytes: int = 0) -> None:
         """The disk is full for this file, but for the first ``left_bytes`` of each write."""

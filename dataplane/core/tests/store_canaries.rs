@@ -15,6 +15,7 @@ const SEEDS: u64 = 60;
 const EIO: i32 = 5;
 
 type Verdict = Result<(), String>;
+type Scenario = fn() -> Verdict;
 
 fn fresh() -> SimStore {
     let mut store = SimStore::new();
@@ -220,7 +221,7 @@ fn what_was_written_under_a_new_record_is_listed() -> Verdict {
 
 #[test]
 fn every_canary_is_noticed() {
-    let cases: [(&str, fn() -> Verdict); 13] = [
+    let cases: [(&str, Scenario); 13] = [
         ("fsync_retried", a_flush_that_was_answered_is_on_the_disk),
         ("stable_before_data", a_cut_off_flush_leaves_no_halves),
         ("mark_not_synced", what_power_loss_changed_is_in_a_dirty_region),
