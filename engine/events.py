@@ -28,6 +28,8 @@ class ReplicaReport:
     suspect: bool
     state: str  # "open", "damaged", "failed"
     reason: str
+    opens: int  # how often a server process opened it, or an engine claimed it
+    restored: bool  # its directory is a copy that was put back
 
 
 class Call(Enum):

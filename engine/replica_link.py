@@ -92,6 +92,8 @@ def parse_report(wire: Any) -> ReplicaReport:
             "suspect": bool(suspect),
             "state": str(state),
             "reason": str(reason),
+            "opens": int(opens),
+            "restored": bool(restored),
         }:
             return ReplicaReport(
                 replica_id=replica_id,
@@ -103,6 +105,8 @@ def parse_report(wire: Any) -> ReplicaReport:
                 suspect=suspect,
                 state=state,
                 reason=reason,
+                opens=opens,
+                restored=restored,
             )
         case _:
             raise ProtocolViolation(expected="a replica's report", got=type(wire).__name__)

@@ -43,7 +43,10 @@ class Args:
         if self._left:
             raise BadRequest(reason=f"unknown argument {sorted(self._left)[0]!r:.80}")
 
-    def integer(self, name: str, *, least: int, most: int) -> int:
+    def integer(self, name: str, *, least: int, most: int, missing: int | None = None) -> int:
+        """``missing``: what stands for an argument that may be left out."""
+        if missing is not None and name not in self._left:
+            return missing
         value = self._take(name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise BadRequest(reason=f"{name} is not a number from {least} to {most}")
@@ -186,8 +189,9 @@ class Calls:
 
     async def _claim(self, args: Args) -> dict[str, Any]:
         epoch, engine_id = args.epoch(), args.identifier("engine_id")
+        opens_known = args.integer("opens", least=0, most=2**63 - 2, missing=0)
         replica = self._only_replica(args)
-        await replica.claim(epoch=epoch, engine_id=engine_id)
+        await replica.claim(epoch=epoch, engine_id=engine_id, opens_known=opens_known)
         return await self._replicas.inspect(replica)
 
     async def _persist_record(self, args: Args) -> dict[str, Any]:

@@ -8,7 +8,8 @@ An epoch is *open* between its claim and its detach. Only then are sessions and 
 that epoch accepted (C11).
 
 Promises: epochs, records and ``synced_at`` never go back; a replica that may have lost acknowledged writes is
-suspect until a record names it *and* its dirty regions were made equal.
+suspect until a record names it *and* its dirty regions were made equal; one that was put back from a
+copy is restored until a record names it and every region that it ever held was.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ from protocol.membership import MembershipRecord
 from replica.metadata import ReplicaMeta
 
 
-def claim(meta: ReplicaMeta, *, epoch: int, engine_id: str, boot_id: str) -> ReplicaMeta:
-    """``engine_id`` takes ``epoch``. Repeatable by the same engine; the epoch of another is stale."""
+def claim(
+    meta: ReplicaMeta, *, epoch: int, engine_id: str, boot_id: str, opens_known: int = 0
+) -> ReplicaMeta:
+    """``engine_id`` takes ``epoch``. Repeatable by the same engine; the epoch of another is stale.
+
+    A claim counts like an open: so the number that an engine knows of is higher than what any older state of
+    the replica has when it is opened again. ``opens_known``: the highest number that anybody remembers. Fewer
+    here say that an older state was put back; this claim would hide it, and so keeps it as ``restored``.
+    """
     assert engine_id
     if epoch < meta.epoch or (epoch == meta.epoch and engine_id != meta.claimed_by):
         raise StaleEpoch(volume=meta.volume_id, offered=epoch, current=meta.epoch)
-    return open_for_writing(replace(meta, epoch=epoch, claimed_by=engine_id), boot_id=boot_id)
+    restored = meta.restored or meta.opens < opens_known
+    meta = replace(meta, epoch=epoch, claimed_by=engine_id, opens=meta.opens + 1, restored=restored)
+    return open_for_writing(meta, boot_id=boot_id)
 
 
 def open_for_writing(meta: ReplicaMeta, *, boot_id: str) -> ReplicaMeta:
@@ -60,14 +70,15 @@ def persist_record(meta: ReplicaMeta, *, epoch: int, record: MembershipRecord) -
 
 
 def opened(meta: ReplicaMeta, *, boot_id: str, dirty_count: int) -> ReplicaMeta:
-    """The store was recovered. ``dirty_count``: regions whose mark was set, or unreadable.
+    """The store was recovered; this open counts. ``dirty_count``: regions whose mark was set, or unreadable.
 
     What a lost page cache took with it lies in marked regions, since a mark is durable before the first
     write; so without marks nothing was lost. ``last_boot_id`` moves only in open_for_writing: until then
     another open must come to the same answer.
     """
     lost_cache = not meta.clean and meta.last_boot_id != boot_id
-    return replace(meta, suspect=meta.suspect or (lost_cache and dirty_count > 0))
+    suspect = meta.suspect or (lost_cache and dirty_count > 0)
+    return replace(meta, suspect=suspect, opens=meta.opens + 1)
 
 
 def store_failed(meta: ReplicaMeta) -> ReplicaMeta:
@@ -76,13 +87,16 @@ def store_failed(meta: ReplicaMeta) -> ReplicaMeta:
 
 
 def regions_completed(meta: ReplicaMeta, *, epoch: int, doubtful_count: int) -> ReplicaMeta:
-    """``doubtful_count``: regions that were dirty when this replica was opened, and that no engine has
-    made equal on all replicas since. At none, and with a record of this epoch that names it, a suspect
-    replica is trusted again. Not earlier: the record of an open comes before its reconcile, and an engine
-    that dies between the two must not leave a suspect that looks like a source."""
+    """``doubtful_count``: regions that were dirty when this replica was opened (of a restored one: all that
+    were ever written), and that no engine has made equal on all replicas since. At none, and with a record of
+    this epoch that names it, a suspect or restored replica is trusted again. Not earlier: the record of an
+    open comes before its reconcile, and an engine that dies between the two must not leave a suspect that
+    looks like a source."""
     check_epoch(meta, epoch)
     named = meta.record.epoch == epoch and meta.replica_id in meta.record.in_sync
-    return replace(meta, suspect=meta.suspect and not (named and doubtful_count == 0))
+    if not named or doubtful_count:
+        return meta
+    return replace(meta, suspect=False, restored=False)
 
 
 def detached(meta: ReplicaMeta, *, epoch: int) -> ReplicaMeta:

@@ -9,10 +9,10 @@ Byte table, little-endian:
 offset  size    field
 ======  ======  ==============================================================================
 0       8       magic ``DLMNMETA``
-8       2       format version, 1
+8       2       format version, 2
 10      2       reserved, 0
 12      4       body_bytes, at most META_BODY_BYTES_MAX
-16      n       body: one msgpack map with exactly the fields of ReplicaMeta
+16      n       body: one msgpack map with exactly the fields of ReplicaMeta, and ``identity``
 16 + n  8       xxh3_64 over every byte before
 ======  ======  ==============================================================================
 
@@ -29,6 +29,14 @@ How it is written, and what a crash leaves:
 5   preallocate the next ``replica.meta.tmp``   the new file
 ==  ==========================================  ===============================================
 
+``identity`` is that of the very file that the body was written to: the tmp file of step 1, which stays the
+same file when it is renamed. A replica.meta that stands in another file is a copy that somebody put there,
+and so is one beside which ``regions``, ``data`` or ``map`` is another file than it was: ``read_meta`` returns
+it ``restored``, and the next write makes that durable together with the new identities.
+
+Version 1 had no ``identity``, ``files``, ``opens`` and ``restored``. It is read as not known, none, 0 and
+False, and is version 2 from its next write, which is at open.
+
 Step 5 is why a claim still succeeds on a full disk: the next write needs no new block. It is an attempt;
 where it fails, the next write may answer NoSpace, and nothing has changed.
 
@@ -43,7 +51,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import msgpack
@@ -53,12 +61,14 @@ from protocol.hello import ID_CHARS_MAX
 from protocol.limits import BLOCK_BYTES, NAME_CHARS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN
 from protocol.membership import MembershipRecord, parse_record
 from replica.checksum import xxh3_64
+from replica.identity import FileIdentity, identify, identify_path, is_another, parse_identity
 
 FILE_NAME = "replica.meta"
 TMP_NAME = "replica.meta.tmp"
 
 MAGIC = b"DLMNMETA"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMAT_VERSION_READ_MIN = 1
 HEADER = struct.Struct("<8sHHI")
 TRAILER = struct.Struct("<Q")
 
@@ -71,9 +81,15 @@ LAYERS_MAX = 4096
 LAYER_NAME_CHARS_MAX = 80
 
 SPARE_BYTES = 4096
-"""What step 5 preallocates: a replica.meta without snapshots has about 400 bytes."""
+"""What step 5 preallocates: a replica.meta without snapshots has about 700 bytes."""
 
 assert LAYERS_MAX * LAYER_NAME_CHARS_MAX * 3 <= META_BODY_BYTES_MAX
+
+StoreFiles = tuple[FileIdentity | None, ...]
+"""Of ``regions`` and of the head's ``data`` and ``map``, in this order; empty: not recorded yet. Not of the
+layers below, which never change: put back, they are what they were."""
+
+STORE_FILES_COUNT = 3
 
 Stamp = tuple[int, int]
 """(epoch, version) of a membership record."""
@@ -97,24 +113,34 @@ class ReplicaMeta:
     last_boot_id: str  # the machine's boot under which it was last open for writing
     clean: bool  # closed with everything flushed, and not opened for writing since
     suspect: bool  # may have lost acknowledged writes
+    opens: int = 0  # how often a server opened it or an engine claimed it
+    restored: bool = False  # it is a copy that was put back: it may be of any age
+    files: StoreFiles = ()  # which files its store's are
 
     def __post_init__(self) -> None:
         assert VOLUME_BYTES_MIN <= self.size_bytes <= VOLUME_BYTES_MAX and self.size_bytes % BLOCK_BYTES == 0
         assert 0 < len(self.chain) <= LAYERS_MAX
         assert self.record.epoch <= self.epoch
         assert self.synced_at <= self.record.stamp
+        assert self.opens >= 0
+        assert len(self.files) in (0, STORE_FILES_COUNT)
 
 
-_FIELDS = frozenset(field.name for field in fields(ReplicaMeta))
+_META_FIELDS = frozenset(field.name for field in fields(ReplicaMeta))
+_FIELDS = _META_FIELDS | {"identity"}
+_SINCE_VERSION_2 = {"identity": [], "files": [], "opens": 0, "restored": False}
 
 
-def encode_meta(meta: ReplicaMeta) -> bytes:
+def encode_meta(meta: ReplicaMeta, *, identity: FileIdentity | None) -> bytes:
+    """``identity``: of the file that the bytes go to."""
     body: bytes = msgpack.packb(
         {
-            **{name: getattr(meta, name) for name in _FIELDS},
+            **{name: getattr(meta, name) for name in _META_FIELDS},
             "chain": list(meta.chain),
             "record": meta.record.to_wire(),
             "synced_at": list(meta.synced_at),
+            "files": [_identity_to_wire(file) for file in meta.files],
+            "identity": _identity_to_wire(identity),
         }
     )
     assert len(body) <= META_BODY_BYTES_MAX
@@ -122,14 +148,19 @@ def encode_meta(meta: ReplicaMeta) -> bytes:
     return data + TRAILER.pack(xxh3_64(data))
 
 
-def decode_meta(data: bytes, *, path: str) -> ReplicaMeta:
-    """Raises ReplicaDamaged, which names ``path``, for anything encode_meta did not make."""
+def _identity_to_wire(identity: FileIdentity | None) -> list[Any]:
+    return identity.to_wire() if identity is not None else []
+
+
+def decode_meta(data: bytes, *, path: str) -> tuple[ReplicaMeta, FileIdentity | None]:
+    """The metadata, and the file that they were written to. Raises ReplicaDamaged, which names ``path``, for
+    anything encode_meta did not make."""
     if len(data) < HEADER.size + TRAILER.size:
         raise ReplicaDamaged(path=path, reason=f"{FILE_NAME} has {len(data)} bytes")
     magic, version, reserved, body_bytes = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise ReplicaDamaged(path=path, reason=f"{FILE_NAME} does not begin with {MAGIC.decode()}")
-    if version != FORMAT_VERSION or reserved != 0:
+    if not FORMAT_VERSION_READ_MIN <= version <= FORMAT_VERSION or reserved != 0:
         raise ReplicaDamaged(path=path, reason=f"{FILE_NAME} has format {version}, this is {FORMAT_VERSION}")
     if len(data) != HEADER.size + body_bytes + TRAILER.size:
         raise ReplicaDamaged(path=path, reason=f"{FILE_NAME} has {len(data)} bytes and says otherwise")
@@ -137,12 +168,16 @@ def decode_meta(data: bytes, *, path: str) -> ReplicaMeta:
         raise ReplicaDamaged(path=path, reason=f"{FILE_NAME} does not match its checksum")
     try:
         body = msgpack.unpackb(data[HEADER.size : -TRAILER.size], raw=False, max_array_len=LAYERS_MAX)
+        if version < 2 and isinstance(body, dict):
+            if body.keys() & _SINCE_VERSION_2.keys():
+                raise ValueError("fields of a later format")
+            body |= _SINCE_VERSION_2
         return _meta_of(body)
     except (ValueError, AssertionError, ProtocolViolation, msgpack.UnpackException) as error:
         raise ReplicaDamaged(path=path, reason=f"{FILE_NAME}: {error}") from error
 
 
-def _meta_of(body: Any) -> ReplicaMeta:
+def _meta_of(body: Any) -> tuple[ReplicaMeta, FileIdentity | None]:
     """Raises ValueError, ProtocolViolation or AssertionError: the checksum holds, so it was written so."""
     if not isinstance(body, Mapping) or body.keys() != _FIELDS:
         raise ValueError("not the fields of this format")
@@ -160,13 +195,17 @@ def _meta_of(body: Any) -> ReplicaMeta:
             "last_boot_id": str(last_boot_id),
             "clean": bool(clean),
             "suspect": bool(suspect),
+            "opens": int(opens),
+            "restored": bool(restored),
+            "files": list(files),
+            "identity": identity,
         } if (
             max(len(volume_id), len(replica_id), len(claimed_by), len(last_boot_id)) <= ID_CHARS_MAX
             and len(name) <= NAME_CHARS_MAX
             and 0 <= epoch < 2**63
             and all(is_layer_name(layer) for layer in chain)
         ):
-            return ReplicaMeta(
+            meta = ReplicaMeta(
                 volume_id=volume_id,
                 replica_id=replica_id,
                 name=name,
@@ -179,7 +218,11 @@ def _meta_of(body: Any) -> ReplicaMeta:
                 last_boot_id=last_boot_id,
                 clean=clean,
                 suspect=suspect,
+                opens=opens,
+                restored=restored,
+                files=tuple(parse_identity(file) for file in files),
             )
+            return meta, parse_identity(identity)
         case _:
             raise ValueError("a field has the wrong type or is out of range")
 
@@ -195,22 +238,35 @@ def is_layer_name(name: object) -> bool:
 
 
 def read_meta(directory: str) -> ReplicaMeta:
-    """Blocking. Raises ReplicaDamaged for a file that is missing or damaged, OSError for a failing disk."""
+    """What stands there, with ``files`` as they are now, and ``restored`` also if they, or replica.meta
+    itself, are not the files that they were. Blocking. Raises ReplicaDamaged for a file that is missing or
+    damaged, OSError for a failing disk."""
     path = os.path.join(directory, FILE_NAME)
     try:
         with open(path, "rb") as file:
             data = file.read(HEADER.size + META_BODY_BYTES_MAX + TRAILER.size + 1)
+            found = identify(file.fileno())
     except FileNotFoundError as error:
         raise ReplicaDamaged(path=directory, reason=f"{FILE_NAME} is missing") from error
-    return decode_meta(data, path=directory)
+    meta, recorded = decode_meta(data, path=directory)
+    files = identify_store(directory, meta.chain[0])
+    strange = any(map(is_another, meta.files, files)) or is_another(recorded, found)
+    return replace(meta, files=files, restored=meta.restored or strange)
+
+
+def identify_store(directory: str, head: str) -> StoreFiles:
+    """Which files the store consists of now. Blocking. Raises OSError; a missing one is for the store to
+    notice."""
+    names = ("regions", f"{head}/data", f"{head}/map")
+    return tuple(identify_path(os.path.join(directory, name)) for name in names)
 
 
 def write_meta(directory: str, meta: ReplicaMeta) -> None:
     """Durable when it returns: the table above. Blocking. Raises OSError; then the outcome is unknown."""
     final, tmp = os.path.join(directory, FILE_NAME), os.path.join(directory, TMP_NAME)
-    data = encode_meta(meta)
     fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
+        data = encode_meta(meta, identity=identify(fd))
         write_all(fd, data)
         os.ftruncate(fd, len(data))
         os.fsync(fd)

@@ -123,7 +123,8 @@ class Replica:
     async def _open(self, *, distrust_cache: bool = False) -> None:
         assert self._lock.locked()
         try:
-            self.meta = self._durable = meta = await self._read_meta()
+            self.meta = meta = await self._read_meta()
+            self._durable = None  # what was read may be more than what stands there
             if meta.suspect or distrust_cache:
                 # The page cache lies after a failed sync: what it holds as clean may not be on the disk.
                 await self._io.run_long(_drop_cache, self.path)
@@ -137,17 +138,34 @@ class Replica:
             )
             dirty_count = found["dirty_regions"] + found["regions_damaged"]
             self.meta = epochs.opened(meta, boot_id=self._boot_id, dirty_count=dirty_count)
-            self._doubtful = set()
-            if self.meta.suspect:
-                self._doubtful = set(await self._io.dirty_regions(self.volume_id))
+            self._doubtful = await self._find_doubtful(self.meta)
+            await self._count_open(self.meta)
         except ReplicaDamaged as error:
             self.transition(ReplicaState.DAMAGED, str(error.fields.get("reason", error)))
         except StorageError as error:
             self.transition(ReplicaState.FAILED, str(error))
         else:
-            log.info("replica opened volume=%s suspect=%s %s", self.volume_id, self.meta.suspect,
+            log.info("replica opened volume=%s opens=%d suspect=%s restored=%s %s",
+                     self.volume_id, self.meta.opens, self.meta.suspect, self.meta.restored,
                      " ".join(f"{key}={value}" for key, value in found.items()))  # fmt: skip
             self.transition(ReplicaState.OPEN)
+
+    async def _find_doubtful(self, meta: ReplicaMeta) -> set[int]:
+        """See epoch.regions_completed. A copy may be wrong wherever anything was ever written."""
+        doubtful: set[int] = set()
+        if meta.suspect or meta.restored:
+            doubtful |= set(await self._io.dirty_regions(self.volume_id))
+        if meta.restored:
+            doubtful |= set(await self._io.changed_since(self.volume_id, NEVER_SYNCED))
+        return doubtful
+
+    async def _count_open(self, meta: ReplicaMeta) -> None:
+        """Make durable that it was opened, and what was found: before it is answered for. A disk that
+        refuses keeps what it had, and the next open finds the same: the number is given out twice then."""
+        try:
+            await self._persist(meta)
+        except StorageError as error:
+            log.error("open not counted volume=%s error=%s", self.volume_id, error)
 
     async def _read_meta(self) -> ReplicaMeta:
         meta = await self._io.run_long(read_meta, self.path)
@@ -201,7 +219,7 @@ class Replica:
         await self._open(distrust_cache=True)
         if self.state is ReplicaState.OPEN and suspect and not self._known().suspect:
             self.meta = epochs.store_failed(self._known())  # it could not be persisted then
-            self._doubtful = set(await self._io.dirty_regions(self.volume_id))
+            self._doubtful = await self._find_doubtful(self._known())
 
     def _check_open(self) -> ReplicaMeta:
         match self.state:
@@ -229,10 +247,14 @@ class Replica:
 
     # -- who may write
 
-    async def claim(self, *, epoch: int, engine_id: str) -> None:
+    async def claim(self, *, epoch: int, engine_id: str, opens_known: int = 0) -> None:
         async with self._lock:
             meta = await self._ready()
-            claimed = epochs.claim(meta, epoch=epoch, engine_id=engine_id, boot_id=self._boot_id)
+            claimed = epochs.claim(
+                meta, epoch=epoch, engine_id=engine_id, boot_id=self._boot_id, opens_known=opens_known
+            )
+            if claimed.restored and not meta.restored:
+                self._doubtful = await self._find_doubtful(claimed)
             await self._persist(claimed)
             # Also when repeated: the first time may have failed between the two, and an engine that claims
             # again begins anew. Frames and pulls that its earlier session left end before this is answered.
@@ -390,6 +412,8 @@ class Replica:
             "synced_at": list(meta.synced_at if meta else NEVER_SYNCED),
             "chain": list(meta.chain) if meta else [],
             "suspect": meta.suspect if meta else False,
+            "restored": meta.restored if meta else False,
+            "opens": meta.opens if meta else 0,
             "dirty_count": dirty_count,
             "data_sessions": len(self.data_sessions),
             "state": self.state.value,

@@ -110,6 +110,8 @@ class SimReplica:
     synced_at: Stamp = (0, 0)
     size_bytes: int = GIB
     suspect: bool = False
+    opens: int = 1
+    restored: bool = False
     state: str = "open"
     content: dict[Half, int] = field(default_factory=dict)
     stable: dict[Half, int] = field(default_factory=dict)  # what a power loss leaves
@@ -131,6 +133,8 @@ class SimReplica:
             suspect=self.suspect,
             state=self.state,
             reason="" if self.state == "open" else "injected",
+            opens=self.opens,
+            restored=self.restored,
         )
 
     def mark(self, region: int) -> None:
@@ -166,8 +170,9 @@ class SimReplica:
     def lose_process(self) -> None:
         self.alive = False
         self.process += 1
+        self.opens += 1
         self.fresh.clear()
-        self.doubtful = set(self.dirty)
+        self.doubtful = set(self.dirty) | (self.stamps.keys() if self.restored else set())
 
     def lose_power(self) -> None:
         self.lose_process()
@@ -579,7 +584,7 @@ class Cluster:
             case CompleteRegions(regions=regions):
                 replica.doubtful -= set(regions)
                 if replica.id in replica.record.in_sync and not replica.doubtful:
-                    replica.suspect = False
+                    replica.suspect = replica.restored = False
                 return None
             case ResizeReplica(size_bytes=size_bytes):
                 replica.size_bytes = max(replica.size_bytes, size_bytes)
@@ -588,7 +593,7 @@ class Cluster:
                 replica.flush()
                 replica.dirty.clear()
                 replica.doubtful.clear()
-                replica.suspect = False
+                replica.suspect = replica.restored = False
                 return Cleaned(slot, session)
 
     def _pull(

@@ -32,6 +32,7 @@ def report(
     epoch: int | None = None,
     suspect: bool = False,
     state: str = "open",
+    restored: bool = False,
 ) -> ReplicaReport:
     return ReplicaReport(
         replica_id=replica_id,
@@ -43,6 +44,8 @@ def report(
         suspect=suspect,
         state=state,
         reason="",
+        opens=1,
+        restored=restored,
     )
 
 

@@ -48,6 +48,8 @@ def test_a_created_replica_says_what_the_contract_says(play_calls: Play) -> None
             "boot_id": "boot-1",
             "process_id": "process-1",
             "suspect": False,
+            "restored": False,
+            "opens": 1,
             "dirty_count": 0,
             "data_sessions": 0,
             "state": "open",

@@ -54,7 +54,7 @@ def test_a_newer_claim_wins_and_an_older_one_is_stale() -> None:
 
 def test_a_claim_may_be_repeated_by_its_engine_and_by_no_other() -> None:
     meta = claimed(epoch=5)
-    assert claimed(meta, epoch=5) == meta
+    assert claimed(meta, epoch=5) == replace(meta, opens=meta.opens + 1)
     with pytest.raises(StaleEpoch):
         claimed(meta, epoch=5, engine_id="B")
 
@@ -139,6 +139,37 @@ def test_a_failed_sync_makes_suspect() -> None:
     assert epochs.store_failed(in_sync()).suspect
 
 
+def test_every_open_counts() -> None:
+    meta = FRESH
+    for boot_id in ("boot-1", "boot-1", "boot-2"):
+        meta = epochs.opened(meta, boot_id=boot_id, dirty_count=0)
+    assert meta.opens == 3
+
+
+def test_every_claim_counts_so_that_what_an_engine_saw_is_more_than_any_older_state_opens_with() -> None:
+    yesterday = claimed(epochs.opened(FRESH, boot_id="boot-1", dirty_count=0), epoch=1)
+    seen = claimed(epochs.opened(yesterday, boot_id="boot-1", dirty_count=0), epoch=1).opens
+    put_back = epochs.opened(yesterday, boot_id="boot-2", dirty_count=0)
+    assert put_back.opens < seen
+    lived_on = claimed(put_back, epoch=2, engine_id="B")
+    assert lived_on.opens >= seen  # which is why the claim itself must say what was known
+    assert not lived_on.restored
+    told = epochs.claim(put_back, epoch=2, engine_id="B", boot_id="boot-2", opens_known=seen)
+    assert told.restored
+    right = epochs.claim(put_back, epoch=2, engine_id="B", boot_id="boot-2", opens_known=put_back.opens)
+    assert not right.restored
+
+
+def test_a_restored_replica_is_trusted_again_under_the_rule_of_a_suspect_one() -> None:
+    meta = claimed(replace(in_sync(), restored=True), epoch=2, engine_id="B")
+    assert epochs.regions_completed(meta, epoch=2, doubtful_count=0).restored  # its record is of epoch 1
+    meta = epochs.persist_record(meta, epoch=2, record=record(2, 1, "r1", "r2"))
+    assert epochs.opened(meta, boot_id="boot-1", dirty_count=0).restored
+    assert epochs.regions_completed(meta, epoch=2, doubtful_count=1).restored
+    assert not epochs.regions_completed(meta, epoch=2, doubtful_count=0).restored
+    assert not epochs.detached(meta, epoch=2).restored
+
+
 def test_a_detach_closes_the_epoch_and_may_be_repeated() -> None:
     meta = epochs.detached(in_sync(), epoch=1)
     assert (meta.clean, meta.claimed_by, meta.epoch) == (True, "", 1)
@@ -205,5 +236,6 @@ def test_whatever_happens_epochs_and_stamps_never_go_back(
             before.record.stamp,
             before.synced_at,
         )
+        assert meta.opens == before.opens + (kind == "open" or (kind == "claim" and meta is not before))
         if before.suspect and not meta.suspect:
             assert kind in ("complete", "detach") and "r1" in meta.record.in_sync

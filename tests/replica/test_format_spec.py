@@ -193,10 +193,18 @@ def test_replica_meta_is_what_python_writes() -> None:
 def test_the_fields_of_replica_meta_have_the_documented_types() -> None:
     record = MembershipRecord(1, 1, frozenset({"r"}))
     meta = ReplicaMeta("v", "r", "n", SIZE_BYTES, (FIRST_LAYER,), 1, "e", record, (1, 1), "b", True, False)
-    data = encode_meta(meta)
+    data = encode_meta(meta, identity=None)
     body = msgpack.unpackb(data[metadata.HEADER.size : -metadata.TRAILER.size])
     documented = {name: kind for name, kind, _ in table("replica.meta", "body field", "type", "meaning")}
-    types = {"str": str, "int": int, "bool": bool, "map": dict, "list of str": list, "list of 2 int": list}
+    types = {
+        "str": str,
+        "int": int,
+        "bool": bool,
+        "map": dict,
+        "list of str": list,
+        "list of 2 int": list,
+        "list": list,
+    }
     assert {name: types[kind] for name, kind in documented.items()} == {k: type(v) for k, v in body.items()}
 
 

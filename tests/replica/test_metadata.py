@@ -19,8 +19,10 @@ from protocol.errors import ReplicaDamaged
 from protocol.membership import MembershipRecord
 from replica import metadata
 from replica.checksum import xxh3_64
+from replica.identity import FileIdentity, identify_path
 from replica.metadata import (
     FILE_NAME,
+    FORMAT_VERSION,
     HEADER,
     LAYERS_MAX,
     MAGIC,
@@ -46,12 +48,18 @@ OLD = ReplicaMeta(
     last_boot_id="boot",
     clean=False,
     suspect=False,
+    opens=7,
+    files=(None, None, None),
 )
 NEW = replace(OLD, epoch=4, claimed_by="node2/4")
 
 
 def decode(data: bytes) -> ReplicaMeta:
-    return decode_meta(data, path="/d")
+    return decode_meta(data, path="/d")[0]
+
+
+def encode(meta: ReplicaMeta) -> bytes:
+    return encode_meta(meta, identity=FileIdentity(0xEF53, 12, 1, b"handle", 5))
 
 
 # -- bytes
@@ -65,24 +73,24 @@ def test_metadata_survives_the_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_byte_table_is_true() -> None:
-    data = encode_meta(OLD)
+    data = encode(OLD)
     assert data[:8] == b"DLMNMETA"
-    assert int.from_bytes(data[8:10], "little") == 1
+    assert int.from_bytes(data[8:10], "little") == 2
     assert data[10:12] == b"\0\0"
     body_bytes = int.from_bytes(data[12:16], "little")
     assert len(data) == 16 + body_bytes + 8
-    assert set(msgpack.unpackb(data[16:-8])) == set(ReplicaMeta.__dataclass_fields__)
+    assert set(msgpack.unpackb(data[16:-8])) == {*ReplicaMeta.__dataclass_fields__, "identity"}
     assert int.from_bytes(data[-8:], "little") == xxh3_64(data[:-8])
 
 
 def test_the_longest_chain_still_fits() -> None:
     names = tuple(f"layer-{number:074d}" for number in range(LAYERS_MAX))
     long = replace(OLD, chain=names)
-    assert decode(encode_meta(long)) == long
+    assert decode(encode(long)) == long
 
 
 def test_any_flipped_bit_and_any_cut_is_found() -> None:
-    data = encode_meta(OLD)
+    data = encode(OLD)
     for bit in range(len(data) * 8):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << (bit % 8)
@@ -101,13 +109,13 @@ def test_garbage_is_damage(data: bytes) -> None:
         decode(data)
 
 
-def sealed(body: Any, *, version: int = 1) -> bytes:
+def sealed(body: Any, *, version: int = FORMAT_VERSION) -> bytes:
     packed = msgpack.packb(body)
     data = HEADER.pack(MAGIC, version, 0, len(packed)) + packed
     return data + TRAILER.pack(xxh3_64(data))
 
 
-GOOD = msgpack.unpackb(encode_meta(OLD)[16:-8])
+GOOD = msgpack.unpackb(encode(OLD)[16:-8])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,12 @@ GOOD = msgpack.unpackb(encode_meta(OLD)[16:-8])
         GOOD | {"clean": 1},
         GOOD | {"name": "x" * 64},
         GOOD | {"volume_id": "x" * 201},
+        GOOD | {"opens": -1},
+        GOOD | {"restored": 0},
+        GOOD | {"identity": [1]},
+        GOOD | {"identity": [1, 2, 3, b"x" * 129, 5]},
+        GOOD | {"files": [[]]},
+        GOOD | {"files": [[], [], ["x"]]},
     ],
 )
 def test_a_sealed_body_that_makes_no_sense_is_damage(body: Any) -> None:
@@ -141,8 +155,26 @@ def test_a_sealed_body_that_makes_no_sense_is_damage(body: Any) -> None:
 
 
 def test_a_newer_format_is_refused_by_its_number() -> None:
-    with pytest.raises(ReplicaDamaged, match="has format 2, this is 1"):
-        decode(sealed(GOOD, version=2))
+    with pytest.raises(ReplicaDamaged, match="has format 3, this is 2"):
+        decode(sealed(GOOD, version=3))
+
+
+VERSION_1 = {key: GOOD[key] for key in GOOD.keys() - {"identity", "files", "opens", "restored"}}
+
+
+def test_version_1_is_read_as_knowing_nothing_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(sealed(VERSION_1, version=1))
+    found = read_meta(str(tmp_path))
+    assert found == replace(OLD, opens=0)
+    write_meta(str(tmp_path), found)
+    assert (tmp_path / FILE_NAME).read_bytes()[8:10] == b"\2\0"
+    assert read_meta(str(tmp_path)) == found
+
+
+@pytest.mark.parametrize("body", [VERSION_1, GOOD])
+def test_each_version_has_its_own_fields(body: Any) -> None:
+    with pytest.raises(ReplicaDamaged):
+        decode(sealed(body, version=2 if body is VERSION_1 else 1))
 
 
 def test_a_missing_file_is_damage_and_a_failing_disk_is_not(tmp_path: Path) -> None:
@@ -268,9 +300,11 @@ def after_power_loss(steps: list[tuple[str, str, bytes]], old: bytes) -> Iterato
 
 
 def check_power_loss(disk: Disk, path: Path) -> None:
+    write_meta(str(path), OLD)
+    old = (path / FILE_NAME).read_bytes()
     count = steps_of_a_write(disk, path)
     for cut in range(count + 1):
-        for content in after_power_loss(disk.steps[:cut], encode_meta(OLD)):
+        for content in after_power_loss(disk.steps[:cut], old):
             found = decode(content)
             assert found in (OLD, NEW), f"after step {cut}"
             if cut == count:
@@ -290,7 +324,7 @@ def test_the_power_loss_test_notices_a_missing_fsync(disk: Disk, tmp_path: Path)
 def test_a_write_on_a_full_disk_needs_no_new_block(disk: Disk, tmp_path: Path) -> None:
     write_meta(str(tmp_path), OLD)
     spare = tmp_path / TMP_NAME
-    assert spare.stat().st_blocks * 512 >= len(encode_meta(NEW))
+    assert spare.stat().st_blocks * 512 >= len(encode(NEW))
     inode = spare.stat().st_ino
     write_meta(str(tmp_path), NEW)
     assert (tmp_path / FILE_NAME).stat().st_ino == inode
@@ -308,7 +342,8 @@ def test_a_full_disk_at_the_preallocation_is_no_error(disk: Disk, tmp_path: Path
 def test_junk_in_the_tmp_file_never_shows(tmp_path: Path) -> None:
     (tmp_path / TMP_NAME).write_bytes(b"junk" * 10_000)
     write_meta(str(tmp_path), NEW)
-    assert (tmp_path / FILE_NAME).read_bytes() == encode_meta(NEW)
+    data = (tmp_path / FILE_NAME).read_bytes()
+    assert data == encode_meta(NEW, identity=identify_path(str(tmp_path / FILE_NAME)))
 
 
 def test_a_link_in_the_place_of_the_tmp_file_is_not_followed(tmp_path: Path) -> None:
