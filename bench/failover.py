@@ -16,13 +16,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench import record
 from bench.nbdclient import Client, ServerFailed, socket_and_export
+from bench.network import NetworkUnavailable, private_network
 from bench.processes import ProcessFailed
 from bench.record import GaugeRecord
 from bench.runner import Plan, Progress, Session, session, start_and_fill
@@ -43,11 +44,25 @@ POLL_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """``shown``: what the daemon shows of the volume."""
+
+    system: Dolmen
+    shown: Mapping[str, Any]
+    chance: random.Random
+
+    def any_replica(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.chance.choice(self.shown["replicas"])
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     name: str
     text: str
-    strike: Callable[[Mapping[str, Any], random.Random], Callable[[], None]]
-    """Takes what the daemon shows of the volume, and chance; returns what undoes the fault."""
+    strike: Callable[[Target], Callable[[], None]]
+    """Returns what undoes the fault."""
+    needs_network: bool = False
 
 
 def _kill(pid: int) -> Callable[[], None]:
@@ -60,8 +75,11 @@ def _stop(pid: int) -> Callable[[], None]:
     return lambda: os.kill(pid, signal.SIGCONT)
 
 
-def _any_replica(shown: Mapping[str, Any], chance: random.Random) -> int:
-    return int(chance.choice(shown["replicas"])["pid"])
+def _vanish(target: Target) -> Callable[[], None]:
+    network = target.system.network
+    assert network is not None, "a fault that needs a network is struck only in one"
+    network.drop(target.system.replica_ports()[target.any_replica()["id"]])
+    return network.heal
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -70,17 +88,23 @@ FAULTS: Mapping[str, Fault] = {
         Fault(
             "stall-replica-killed",
             "SIGKILL to a replica server",
-            lambda shown, chance: _kill(_any_replica(shown, chance)),
+            lambda target: _kill(int(target.any_replica()["pid"])),
         ),
         Fault(
             "stall-replica-stopped",
             "SIGSTOP to a replica server: it stays connected and is silent",
-            lambda shown, chance: _stop(_any_replica(shown, chance)),
+            lambda target: _stop(int(target.any_replica()["pid"])),
+        ),
+        Fault(
+            "stall-replica-vanished",
+            "every packet to and from a replica server is dropped",
+            _vanish,
+            needs_network=True,
         ),
         Fault(
             "stall-engine-killed",
             "SIGKILL to the engine; the client connects again",
-            lambda shown, _: _kill(int(shown["engine"]["pid"])),
+            lambda target: _kill(int(target.shown["engine"]["pid"])),
         ),
     )
 }
@@ -156,7 +180,7 @@ def measure_stall(system: Dolmen, fault: Fault, seed: int) -> Stall:
         time.sleep(BEFORE_S)
         struck_s = time.monotonic()
         try:
-            undo = fault.strike(shown, random.Random(seed))
+            undo = fault.strike(Target(system, shown, random.Random(seed)))
             time.sleep(AFTER_S)
             ended_s = time.monotonic()
         finally:
@@ -181,13 +205,20 @@ def wait_until_healthy(system: Dolmen) -> None:
 
 def failover(plan: Plan, faults: Sequence[str], repeats: int, progress: Progress) -> Path:
     """Strike each fault ``repeats`` times; returns the file of records."""
-    with session(plan) as running:
+    with session(plan) as running, ExitStack() as stack:
         progress("start and fill dolmen", 0)
-        start_and_fill(running, Dolmen.name)
         system = running.systems[Dolmen.name]
         assert isinstance(system, Dolmen)
+        missing = None
+        if any(FAULTS[name].needs_network for name in faults):
+            try:
+                system.network = stack.enter_context(private_network())
+            except NetworkUnavailable as error:
+                missing = str(error)
+        start_and_fill(running, Dolmen.name)
         for index, name in enumerate(faults):
-            if reason := running.broken.get(Dolmen.name):
+            reason = running.broken.get(Dolmen.name) or (missing if FAULTS[name].needs_network else None)
+            if reason:
                 record.append(running.file, [_gauge(running, FAULTS[name], [], reason)])
                 continue
 

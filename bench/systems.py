@@ -23,11 +23,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from bench import processes
+from bench.network import PrivateNetwork
 from bench.processes import ProcessFailed
 
 CEILING_SOURCES = Path(__file__).parent / "ceiling"
@@ -232,6 +233,7 @@ class Dolmen(System):
 
     def __init__(self, directory: Path, sockets: Path, size_bytes: int) -> None:
         super().__init__(directory, sockets, size_bytes)
+        self.network: PrivateNetwork | None = None  # where ``start`` puts it, if not in the machine's own
         self._uri = ""
         self._started = False
 
@@ -239,10 +241,10 @@ class Dolmen(System):
     def uri(self) -> str:
         return self._uri
 
-    def command(self, *args: str) -> None:
+    def command(self, *args: str, prefix: Sequence[str] = ()) -> None:
         """Run ``dolmen ARGS`` on this cluster. Raises ProcessFailed."""
         env = {**os.environ, "DOLMEN_DIR": str(self.directory)}
-        line = [sys.executable, "-m", "cli.main", *args]
+        line = [*prefix, sys.executable, "-m", "cli.main", *args]
         try:
             done = subprocess.run(
                 line,
@@ -263,11 +265,20 @@ class Dolmen(System):
     def start(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._started = True
-        self.command("up", "--dir", str(self.directory), "--nodes", str(self.copies), "--detach")
+        up = ["up", "--dir", str(self.directory), "--nodes", str(self.copies), "--detach"]
+        # Everything else is the daemon's child, or reaches it by unix sockets.
+        self.command(*up, prefix=self.network.prefix if self.network else ())
         size = ["--size", str(self.size_bytes), "--replicas", str(self.copies)]
         self.command("volume", "create", self.volume, *size)
         self.command("volume", "attach", self.volume)
         self._uri = str(self.show()["nbd_uri"])
+
+    def replica_ports(self) -> dict[str, int]:
+        """Replica id to the TCP port of its server, as the engine was told."""
+        from control.client import Client
+
+        config = json.loads(Client(self.directory).layout.engine_config(self.volume).read_text())
+        return {str(replica["id"]): int(replica["port"]) for replica in config["replicas"]}
 
     def show(self) -> dict[str, Any]:
         """The volume as the daemon shows it."""

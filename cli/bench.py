@@ -35,7 +35,7 @@ ALL_WORKLOADS = (
     "randwrite-qd1,randwrite-qd32,randwrite-4xqd32,randread-qd1,randread-qd32,randread-4xqd32,"
     "write-1m-qd8,read-1m-qd8,randwrite-qd1-flush,randwrite-half-load"
 )
-ALL_FAULTS = "stall-replica-killed,stall-replica-stopped,stall-engine-killed"
+ALL_FAULTS = "stall-replica-killed,stall-replica-stopped,stall-replica-vanished,stall-engine-killed"
 
 
 def _in_checkout() -> bool:
