@@ -25,6 +25,9 @@ log = logging.getLogger("dolmen.replica")
 VERIFY_REGIONS_MAX = 1024
 """Of one replica.verify call: 4 GiB, so that a call ends while its caller still waits."""
 
+RATE_BYTES_S_MAX = 2**40
+"""No disk is as fast: past it a limit means nothing."""
+
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z")
 
 
@@ -85,6 +88,13 @@ class Args:
             return parse_record(self._take("record"))
         except ProtocolViolation as error:
             raise BadRequest(reason=str(error)) from error
+
+    def flag(self, name: str) -> bool:
+        """May be left out: false."""
+        value = self._left.pop(name, False)
+        if not isinstance(value, bool):
+            raise BadRequest(reason=f"{name} is not true or false")
+        return value
 
     def regions(self) -> list[int]:
         return unpack_regions(self._take("regions"))
@@ -213,10 +223,18 @@ class Calls:
 
     async def _pull_regions(self, args: Args) -> dict[str, Any]:
         epoch, (host, port), regions = args.epoch(), args.source(), args.regions()
+        rate_bytes_s = args.integer("rate_bytes_s", least=0, most=RATE_BYTES_S_MAX, missing=0)
+        take_damaged = args.flag("take_damaged")
         replica = self._only_replica(args)
         pull_round = await self.finish(replica.prepare_pull(epoch=epoch, regions=regions), "prepare pull")
         return await replica.pull_regions(
-            epoch=epoch, host=host, port=port, regions=regions, pull_round=pull_round
+            epoch=epoch,
+            host=host,
+            port=port,
+            regions=regions,
+            pull_round=pull_round,
+            rate_bytes_s=rate_bytes_s,
+            take_damaged=take_damaged,
         )
 
     async def _end_resync(self, args: Args) -> dict[str, Any]:

@@ -91,8 +91,15 @@ class ReplicaClient:
         await self._call("replica.begin_resync", volume_id=volume_id, epoch=epoch, regions=packed)
 
     async def pull_regions(
-        self, volume_id: str, *, epoch: int, source: tuple[str, int], regions: list[int]
+        self,
+        volume_id: str,
+        *,
+        epoch: int,
+        source: tuple[str, int],
+        regions: list[int],
+        **options: int | bool,
     ) -> dict[str, Any]:
+        """``options``: rate_bytes_s, take_damaged."""
         return await self._call(
             "replica.pull_regions",
             timeout_s=LONG_TIMEOUT_S,
@@ -100,6 +107,7 @@ class ReplicaClient:
             epoch=epoch,
             source=list(source),
             regions=pack_regions(regions),
+            **options,
         )
 
     async def end_resync(self, volume_id: str, *, epoch: int) -> None:

@@ -34,6 +34,8 @@ from replica.disk import to_storage_error
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_SIGNATURE = getattr(_dataplane.ReplicaLoop.pull_regions, "__text_signature__", "")
+
 SHORT_THREADS = 4
 """For calls that wait for one disk operation: claims, records, marks. One disk gains nothing from more."""
 
@@ -139,11 +141,19 @@ class IoPath:
         await self._run(self._short, volume_id, lambda: self._native.begin_resync(volume_id, regions))
 
     async def pull_regions(
-        self, volume_id: str, fd: int, *, epoch: int, regions: list[int]
+        self,
+        volume_id: str,
+        fd: int,
+        *,
+        epoch: int,
+        regions: list[int],
+        rate_bytes_s: int = 0,
+        take_damaged: bool = False,
     ) -> dict[str, int]:
         native = self._native
+        options = (rate_bytes_s, take_damaged) if "take_damaged" in (_SIGNATURE or "") else ()
         return await self._run(
-            self._long, volume_id, lambda: native.pull_regions(volume_id, fd, epoch, regions)
+            self._long, volume_id, lambda: native.pull_regions(volume_id, fd, epoch, regions, *options)
         )
 
     async def end_resync(self, volume_id: str) -> None:

@@ -21,7 +21,14 @@ from protocol.hello import Role
 
 class Puller(Protocol):
     async def pull_regions(
-        self, volume_id: str, fd: int, *, epoch: int, regions: list[int]
+        self,
+        volume_id: str,
+        fd: int,
+        *,
+        epoch: int,
+        regions: list[int],
+        rate_bytes_s: int,
+        take_damaged: bool,
     ) -> dict[str, int]: ...
 
 
@@ -37,10 +44,20 @@ class Pulls:
         self.round = 0  # counts the times that all pulls were ended
 
     async def pull(
-        self, volume_id: str, *, epoch: int, host: str, port: int, regions: list[int], pull_round: int
+        self,
+        volume_id: str,
+        *,
+        epoch: int,
+        host: str,
+        port: int,
+        regions: list[int],
+        pull_round: int,
+        rate_bytes_s: int = 0,
+        take_damaged: bool = False,
     ) -> dict[str, int]:
         """Make ``regions`` equal to those of the replica at ``host:port``. ``pull_round`` is what ``round``
-        was when it was decided.
+        was when it was decided. ``rate_bytes_s``: what is copied a second at most, 0: no limit.
+        ``take_damaged``: record as damaged what the source has no good copy of.
 
         Raises what connect_socket raises, Unreachable when the pulls were ended meanwhile, SourceFailed,
         StaleEpoch, or an error of our own disk.
@@ -60,7 +77,14 @@ class Pulls:
             raise Unreachable(peer=f"the replica of volume {volume_id}", reason="its pulls were ended")
         self._sockets.add(sock)
         pulling = asyncio.ensure_future(
-            self._io.pull_regions(volume_id, sock.fileno(), epoch=epoch, regions=regions)
+            self._io.pull_regions(
+                volume_id,
+                sock.fileno(),
+                epoch=epoch,
+                regions=regions,
+                rate_bytes_s=rate_bytes_s,
+                take_damaged=take_damaged,
+            )
         )
         self._running.add(pulling)
         pulling.add_done_callback(lambda done: self._release(sock, done))

@@ -332,12 +332,27 @@ class Replica:
             return self._pulls.round
 
     async def pull_regions(
-        self, *, epoch: int, host: str, port: int, regions: list[int], pull_round: int
+        self,
+        *,
+        epoch: int,
+        host: str,
+        port: int,
+        regions: list[int],
+        pull_round: int,
+        rate_bytes_s: int = 0,
+        take_damaged: bool = False,
     ) -> dict[str, int]:
         """After prepare_pull. May be cancelled. Not under the lock: a newer claim must not wait for it; it
         stops it, and the data plane checks the epoch of what is still under way."""
         return await self._pulls.pull(
-            self.volume_id, epoch=epoch, host=host, port=port, regions=regions, pull_round=pull_round
+            self.volume_id,
+            epoch=epoch,
+            host=host,
+            port=port,
+            regions=regions,
+            pull_round=pull_round,
+            rate_bytes_s=rate_bytes_s,
+            take_damaged=take_damaged,
         )
 
     async def end_resync(self, *, epoch: int) -> None:

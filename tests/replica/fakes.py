@@ -108,7 +108,7 @@ class FakeIo:
         self._note("begin_resync", volume_id, regions)
 
     async def pull_regions(
-        self, volume_id: str, fd: int, *, epoch: int, regions: list[int]
+        self, volume_id: str, fd: int, *, epoch: int, regions: list[int], **options: int | bool
     ) -> dict[str, int]:
         self._note("pull_regions", volume_id, epoch, regions)
         return {"regions": len(regions), "blocks_compared": 0, "blocks_copied": 0, "bytes_copied": 0}

@@ -47,6 +47,8 @@ BAD_ARGS: list[tuple[str, dict[str, Any]]] = [
     ("begin_resync", {"epoch": 1, "regions": [1, 2]}),
     ("begin_resync", {"epoch": 1, "regions": b"abc"}),
     ("pull_regions", {"epoch": 1, "regions": b"", "source": "host:1"}),
+    ("pull_regions", {"epoch": 1, "regions": b"", "source": ["h", 1], "rate_bytes_s": -1}),
+    ("pull_regions", {"epoch": 1, "regions": b"", "source": ["h", 1], "take_damaged": 1}),
     ("pull_regions", {"epoch": 1, "regions": b"", "source": ["h", 0]}),
     ("pull_regions", {"epoch": 1, "regions": b"", "source": ["h", 65536]}),
     ("verify", {"first_region": 0, "region_count": 0}),

@@ -20,7 +20,7 @@ class SlowIo:
         self.returned = False
 
     async def pull_regions(
-        self, volume_id: str, fd: int, *, epoch: int, regions: list[int]
+        self, volume_id: str, fd: int, *, epoch: int, regions: list[int], **options: int | bool
     ) -> dict[str, int]:
         self.started.set()
         await self.may_return.wait()

@@ -194,7 +194,9 @@ def test_a_newer_claim_stops_a_pull_whose_source_is_stuck(play: Play, tmp_path: 
         await rig.prepare()
         pulling = asyncio.Event()
 
-        async def stuck(volume_id: str, fd: int, *, epoch: int, regions: list[int]) -> dict[str, int]:
+        async def stuck(
+            volume_id: str, fd: int, *, epoch: int, regions: list[int], **options: int | bool
+        ) -> dict[str, int]:
             with socket.socket(fileno=os.dup(fd)) as sock:
                 pulling.set()
                 assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""  # the end, not an answer
@@ -221,7 +223,9 @@ def test_a_replica_waits_for_its_pulls_to_end(play: Play, tmp_path: Path, how: s
         await rig.prepare()
         pulling, ended = asyncio.Event(), asyncio.Event()
 
-        async def slow_to_end(volume_id: str, fd: int, *, epoch: int, regions: list[int]) -> dict[str, int]:
+        async def slow_to_end(
+            volume_id: str, fd: int, *, epoch: int, regions: list[int], **options: int | bool
+        ) -> dict[str, int]:
             with socket.socket(fileno=os.dup(fd)) as sock:
                 pulling.set()
                 assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
@@ -273,7 +277,9 @@ def test_a_lost_control_connection_stops_its_pulls(play: Play, tmp_path: Path) -
         await rig.prepare()
         pulling, ended = asyncio.Event(), asyncio.Event()
 
-        async def stuck(volume_id: str, fd: int, *, epoch: int, regions: list[int]) -> dict[str, int]:
+        async def stuck(
+            volume_id: str, fd: int, *, epoch: int, regions: list[int], **options: int | bool
+        ) -> dict[str, int]:
             with socket.socket(fileno=os.dup(fd)) as sock:
                 pulling.set()
                 assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
