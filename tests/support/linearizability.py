@@ -26,7 +26,7 @@ import math
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -79,13 +79,15 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """``end`` is None when the outcome is unknown. Times: any clock that all workers share."""
+    """``end`` is None when the outcome is unknown. Times: any clock that all workers share. ``durable``: a write
+    that was to be on the disk when it was answered (FUA)."""
 
     kind: Kind
     block: int
     value: Value | None
     start: float
     end: float | None
+    durable: bool = False
 
     def __str__(self) -> str:
         end = "?" if self.end is None else f"{self.end}"
@@ -188,3 +190,88 @@ def _stale(block: int, held: _Cluster, other: _Cluster) -> Violation:
         "two values were each seen, or acknowledged, strictly before and after the other",
         tuple(sorted(set(proof), key=lambda op: op.start)),
     )
+
+
+# Power loss: what was not flushed may be gone
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """A FLUSH that was answered: what was acknowledged before ``start`` survives what comes after ``end``."""
+
+    start: float
+    end: float
+
+
+def check_with_losses(
+    history: Iterable[Operation], flushes: Sequence[Flush], losses: Sequence[float]
+) -> list[Violation]:
+    """``losses``: moments at which every page cache that held something was lost. Without any this is check().
+
+    A loss sets each register to a value it had since the last flush, or to that of a write that was not
+    answered: never older. Which one is decided once: reads afterwards agree. So the history is cut at the
+    losses, and each part is checked by itself, beginning with the value that its reads saw of those it may
+    begin with. Lenient only where the answer is not known from the history: a read that runs over a loss says
+    nothing, and a write without an answer may take effect in any later part.
+    """
+    by_block: defaultdict[int, list[Operation]] = defaultdict(list)
+    for op in history:
+        by_block[op.block].append(op)
+    cuts = sorted(losses)
+    found = (_check_parts(block, by_block[block], flushes, cuts) for block in sorted(by_block))
+    return [violation for violation in found if violation is not None]
+
+
+def _check_parts(
+    block: int, operations: Sequence[Operation], flushes: Sequence[Flush], cuts: Sequence[float]
+) -> Violation | None:
+    bounds = [-math.inf, *cuts, math.inf]
+    may_begin_with: set[Value | None] = {INITIAL}
+    open_writes: list[Operation] = []  # of earlier parts, without an answer when their part ended
+    known = {op.value for op in operations if op.kind is Kind.WRITE} | {INITIAL}
+    for begin, end in itertools.pairwise(bounds):
+        part = [op for op in operations if begin <= op.start < end]
+        writes = [
+            replace(op, end=None) if op.end is not None and op.end >= end else op
+            for op in part
+            if op.kind is Kind.WRITE
+        ]
+        reads = [op for op in part if op.kind is Kind.READ and op.end is not None and op.end < end]
+        here = {op.value for op in (*writes, *open_writes)}
+        inherited = {op.value: op for op in reads if op.value not in here}
+        for value, read in inherited.items():
+            if value not in known:
+                return Violation(block, "a read saw a value that was never written", (read,))
+            if value not in may_begin_with:
+                return Violation(block, "a read saw a value older than the last flush", (read,))
+        if len(inherited) > 1:
+            return Violation(block, "after a loss two different values were seen", tuple(inherited.values()))
+        first = next(iter(inherited), None)
+        renamed = [replace(op, value=INITIAL) if inherited and op.value == first else op for op in reads]
+        violation = check_block(block, [*open_writes, *writes, *renamed])
+        if violation is not None:
+            return violation
+        may_begin_with = _survivors(may_begin_with, inherited.keys(), writes, flushes, begin, end)
+        open_writes += [op for op in writes if op.end is None]
+    return None
+
+
+def _survivors(
+    began_with: set[Value | None],
+    seen: Iterable[Value | None],
+    writes: Sequence[Operation],
+    flushes: Sequence[Flush],
+    begin: float,
+    end: float,
+) -> set[Value | None]:
+    """Answered writes, and earlier values, that the register may hold after the loss at ``end``."""
+    flush_start = max((f.start for f in flushes if f.end < end and f.start >= begin), default=-math.inf)
+    answered = [op for op in writes if op.end is not None]
+    flushed_from = max(
+        (op.start for op in answered if op.durable or op.end < flush_start),  # type: ignore[operator]
+        default=None,
+    )
+    if flushed_from is not None:
+        return {op.value for op in answered if op.end >= flushed_from}  # type: ignore[operator]
+    earlier = set(seen) if flush_start > -math.inf and seen else set(began_with)
+    return earlier | {op.value for op in answered}
