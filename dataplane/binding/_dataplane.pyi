@@ -137,6 +137,14 @@ class EngineLoop:
     def set_readers(self, slots: list[int]) -> None:
         """Slots that may serve reads: a subset of the committed in-sync replicas."""
 
+    def set_lease(self, quorums: list[tuple[list[int], int]]) -> None:
+        """What a client reads needs recent answers of replicas (C11): of each quorum (slots, need), at least
+        ``need`` of ``slots`` have answered a frame sent less than READ_LEASE_S before. Until then finished
+        reads and block statuses are held; when one comes and the answers are getting old, those slots are
+        sent a LEASE frame. Replaces the earlier quorums. An empty list: nothing read is answered. Before the
+        first call nothing is held back: call it before the first client is added. What a slot answered on an
+        earlier link does not count on its next one. Raises bad_request for a quorum that cannot be."""
+
     def barrier(self, token: int) -> None:
         """Event ("drained", token) when every write accepted before now is done at all members."""
 
@@ -164,7 +172,9 @@ class EngineLoop:
 
     def stats(self) -> dict[str, object]:
         """Counters: reads, writes, flushes, trims, zeroes, read_bytes, write_bytes, errors, clients,
-        in_flight, in_flight_bytes, waiting, repairs; latency_us_read / _write / _flush: list of
+        in_flight, in_flight_bytes, waiting, repairs, lease_waits (answers held until the read lease held again),
+        lease_frames (sent), order_waits (answers held until a write they may show was done at all members);
+        latency_us_read / _write / _flush: list of
         bucket counts (bucket i: up to 2**i microseconds, 24 buckets) with latency_us_*_sum;
         slots: list of {"connected", "mode", "in_flight", "requests", "bytes", "latency_us_sum"}."""
 

@@ -108,6 +108,14 @@ def test_limits_are_the_same_in_rust() -> None:
         assert getattr(limits, name) == value, name
 
 
+def test_times_are_the_same_in_the_engines_loop() -> None:
+    text = (RUST / "engine" / "limits.rs").read_text()
+    for name in ("READ_LEASE", "LINK_STALL_TIMEOUT"):
+        match = re.search(rf"^pub const {name}_US: u64 = ([\d_]+);", text, re.MULTILINE)
+        assert match, name
+        assert int(match[1]) == getattr(limits, f"{name}_S") * 1_000_000, name
+
+
 def test_every_limit_has_a_reason() -> None:
     text = (ROOT / "protocol" / "limits.py").read_text()
     derived = {"REGION_BLOCKS", "VOLUME_BYTES_MIN"}

@@ -72,7 +72,7 @@ impl EngineLoop {
         keep_memory_flat();
         // Only a measurement of what spinning brings turns it off.
         let spin = std::env::var_os("DOLMEN_ENGINE_SPIN").is_none_or(|value| value != "0");
-        let options = Options { size_bytes, epoch, slot_count, spin };
+        let options = Options { spin, ..Options::new(size_bytes, epoch, slot_count) };
         Ok(EngineLoop { handle: EngineHandle::start(options).map_err(to_python)? })
     }
 
@@ -112,6 +112,10 @@ impl EngineLoop {
 
     fn set_readers(&self, slots: Vec<usize>) -> PyResult<()> {
         self.handle.set_readers(&slots).map_err(to_python)
+    }
+
+    fn set_lease(&self, quorums: Vec<(Vec<usize>, usize)>) -> PyResult<()> {
+        self.handle.set_lease(&quorums).map_err(to_python)
     }
 
     fn barrier(&self, token: u64) -> PyResult<()> {
@@ -165,6 +169,9 @@ fn stats_dict<'py>(py: Python<'py>, report: &StatsReport) -> PyResult<Bound<'py,
         ("write_bytes", counters.write_bytes),
         ("errors", counters.errors),
         ("repairs", counters.repairs),
+        ("lease_waits", counters.lease_waits),
+        ("lease_frames", counters.lease_frames),
+        ("order_waits", counters.order_waits),
         ("clients", report.clients),
         ("in_flight", report.in_flight),
         ("in_flight_bytes", report.in_flight_bytes),

@@ -144,7 +144,7 @@ fn main() {
         Case { name: "read 1m qd8", write: false, length: 1 << 20, depth: 8 },
     ];
     for spin in [true, false] {
-        let options = Options { size_bytes: SIZE, epoch: 1, slot_count: 3, spin };
+        let options = Options { spin, ..Options::new(SIZE, 1, 3) };
         let engine = EngineHandle::start(options).expect("a loop");
         for slot in 0..3 {
             let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -156,6 +156,7 @@ fn main() {
         }
         engine.set_members(&[0, 1, 2]).expect("open");
         engine.set_readers(&[0, 1, 2]).expect("open");
+        engine.set_lease(&[(vec![0, 1, 2], 2)]).expect("open");
         let (mut ours, theirs) = UnixStream::pair().expect("a pair");
         let terms = ClientTerms { structured: false, meta_context: 0, read_only: false };
         engine.add_client(OwnedFd::from(theirs), terms).expect("open");

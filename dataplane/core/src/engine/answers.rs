@@ -88,6 +88,7 @@ impl Shell {
         link.dirty = true;
         self.links[slot] = Some(link);
         self.attached |= bit(slot);
+        self.lease.forget(slot);
         self.timers.tell_completed_again();
         if sync {
             for frame in self.table.resend(slot) {
@@ -157,6 +158,8 @@ impl Shell {
                 rustix::io::read(&link.fd, &mut scratch[carried..])
             }
         };
+        self.received_us = self.clock_us();
+        let Some(link) = self.links[slot].as_mut() else { return Ok(()) };
         let count = match result {
             Ok(0) => return Err(LinkEnd::Lost("the replica closed the connection".into())),
             Ok(count) => count,
@@ -214,11 +217,27 @@ impl Shell {
         if header.status == status::STALE_EPOCH {
             return Err(LinkEnd::Failed(status::STALE_EPOCH));
         }
+        if header.kind == kind::LEASE | REPLY {
+            return self.on_lease_answer(slot, header);
+        }
         match self.table.entry(header.request_id) {
             Entry::Write(_) => self.on_write_answer(slot, header),
             Entry::Read(key) => self.on_read_answer(slot, key, header, payload),
             Entry::None => Ok(()),
         }
+    }
+
+    fn on_lease_answer(&mut self, slot: usize, header: &Header) -> Result<(), LinkEnd> {
+        let Some(link) = self.links[slot].as_mut() else { return Ok(()) };
+        let Some(asked) = link.lease_asked.filter(|asked| asked.number == header.request_id) else {
+            return Ok(());
+        };
+        link.lease_asked = None;
+        if header.status != status::OK {
+            return Err(LinkEnd::Failed(header.status));
+        }
+        self.lease.shown(slot, asked.sent_at_us);
+        Ok(())
     }
 
     fn on_write_answer(&mut self, slot: usize, header: &Header) -> Result<(), LinkEnd> {
@@ -229,6 +248,9 @@ impl Shell {
         let answered = self.table.answer(slot, header.request_id, header.status, &mut self.outcomes);
         if let (Some(sent_at_us), Some(link)) = (answered, self.links[slot].as_mut()) {
             link.writes_in_flight = link.writes_in_flight.saturating_sub(1);
+            if header.status == status::OK {
+                self.lease.shown(slot, sent_at_us);
+            }
             let since = sent_at_us.max(link.attached_us);
             self.slot_stats[slot].latency_us_sum += self.now_us.saturating_sub(since);
         }
@@ -260,10 +282,30 @@ impl Shell {
         }
         self.slot_stats[slot].latency_us_sum += self.now_us.saturating_sub(sent_at_us);
         let ok = header.status == status::OK;
+        if ok {
+            self.lease.shown(slot, sent_at_us);
+        }
         // Its region diverged while it was under way: what this replica says may not be what remains.
         if self.park_at_gate(key) {
             return Ok(());
         }
+        if !ok {
+            return self.take_answer(key, slot, false, payload);
+        }
+        match self.hold_back(key, slot, header.request_id, payload) {
+            Some(payload) => self.take_answer(key, slot, true, payload),
+            None => Ok(()),
+        }
+    }
+
+    /// What a replica answered, once it may be seen.
+    pub(super) fn take_answer(
+        &mut self,
+        key: u32,
+        slot: usize,
+        ok: bool,
+        payload: Payload<'_>,
+    ) -> Result<(), LinkEnd> {
         match self.reads[key].job {
             ReadJob::Data { request } => self.on_data(key, request, ok, payload),
             ReadJob::Fix { fix } => self.on_fix(key, fix, ok, payload),

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use rustix::event::{eventfd, EventfdFlags};
 use rustix::io::Errno;
 
+use super::lease::Quorum;
 use super::limits::BLOCK_EVENTS_MAX;
 use super::requests::{bit, Slots, SLOTS_MAX};
 use super::shell::Shell;
@@ -45,6 +46,7 @@ pub(super) enum Command {
     DetachLink { slot: usize, generation: u64 },
     SetMembers(Slots),
     SetReaders(Slots),
+    SetLease(Vec<Quorum>),
     Barrier(u64),
     SetUnequal(Vec<u32>),
     SetPartialWait(Vec<u32>),
@@ -56,13 +58,31 @@ pub(super) enum Command {
     Stop,
 }
 
+/// Tells microseconds that never go back. Tests hand in their own.
+pub type Clock = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+/// The clock that counts while the machine sleeps as well: what was agreed before must have run out after.
+pub fn boot_clock() -> Clock {
+    Arc::new(|| {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
+    })
+}
+
 /// How a loop is made. `spin` is off only to measure what it brings.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone)]
 pub struct Options {
     pub size_bytes: u64,
     pub epoch: u64,
     pub slot_count: usize,
     pub spin: bool,
+    pub clock: Clock,
+}
+
+impl Options {
+    pub fn new(size_bytes: u64, epoch: u64, slot_count: usize) -> Self {
+        Options { size_bytes, epoch, slot_count, spin: true, clock: boot_clock() }
+    }
 }
 
 /// The loop has been stopped, or an argument is not one of this volume.
@@ -157,6 +177,7 @@ impl EngineHandle {
         check_size(options.size_bytes)?;
         let shared = Arc::new(Shared::new()?);
         let for_thread = shared.clone();
+        let (size_bytes, slot_count) = (options.size_bytes, options.slot_count);
         // The epoll descriptor is made here so that a failure is the caller's to hear.
         let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC)?;
         let thread = std::thread::Builder::new()
@@ -166,8 +187,8 @@ impl EngineHandle {
         Ok(EngineHandle {
             shared,
             thread: Mutex::new(Some(thread)),
-            size_bytes: AtomicU64::new(options.size_bytes),
-            slot_count: options.slot_count,
+            size_bytes: AtomicU64::new(size_bytes),
+            slot_count,
             next_client_id: AtomicU64::new(1),
             next_generation: AtomicU64::new(1),
         })
@@ -217,6 +238,18 @@ impl EngineHandle {
 
     pub fn set_readers(&self, slots: &[usize]) -> Result<(), Closed> {
         self.send(Command::SetReaders(self.slots(slots)?))
+    }
+
+    /// Quorums (slots, how many of them) whose recent answers reads need; replaces the earlier ones.
+    pub fn set_lease(&self, quorums: &[(Vec<usize>, usize)]) -> Result<(), Closed> {
+        let quorum = |(slots, need): &(Vec<usize>, usize)| {
+            let slots = self.slots(slots)?;
+            if !(1..=slots.count_ones() as usize).contains(need) {
+                return Err(Closed::BadRequest("a quorum needs some of its slots"));
+            }
+            Ok(Quorum { slots, need: *need })
+        };
+        self.send(Command::SetLease(quorums.iter().map(quorum).collect::<Result<_, _>>()?))
     }
 
     pub fn barrier(&self, token: u64) -> Result<(), Closed> {

@@ -318,6 +318,7 @@ impl Shell {
     }
 
     fn begin_read(&mut self, key: u32) {
+        self.ask_lease();
         let request = &mut self.requests[key];
         let (offset, end) = (request.offset, request.end);
         request.charged = end - offset;
@@ -345,6 +346,7 @@ impl Shell {
     }
 
     fn begin_status(&mut self, key: u32) {
+        self.ask_lease();
         let request = &mut self.requests[key];
         let piece = plan::cut_status(request.offset, request.end, !self.regions.is_quiet());
         request.pending += 1;

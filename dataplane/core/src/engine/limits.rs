@@ -43,6 +43,13 @@ pub const STALL_CHECK_US: u64 = 125_000;
 /// A turn that comes this late means that we were not running, and links can't be blamed for it.
 pub const SELF_PAUSE_US: u64 = 400_000;
 
+/// Twin of protocol/limits.py READ_LEASE_S.
+pub const READ_LEASE_US: u64 = 1_000_000;
+
+/// A lease that has less than this left is renewed when a read comes: half of it, so that the answers are
+/// here long before it ends.
+pub const READ_LEASE_RENEW_US: u64 = READ_LEASE_US / 2;
+
 /// A read unanswered for this long is asked of another reader as well.
 pub const READ_REISSUE_US: u64 = 1_000_000;
 

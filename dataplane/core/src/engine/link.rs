@@ -16,6 +16,13 @@ pub struct Arriving {
     pub filled: usize,
 }
 
+/// A LEASE frame under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaseAsked {
+    pub number: u64,
+    pub sent_at_us: u64,
+}
+
 pub struct Link {
     pub generation: u64,
     pub fd: OwnedFd,
@@ -29,6 +36,7 @@ pub struct Link {
     pub attached_us: u64,
     pub reads_in_flight: u32,
     pub writes_in_flight: u32,
+    pub lease_asked: Option<LeaseAsked>,
     /// A read of it took too long: others are asked first until it answers one.
     pub slow: bool,
     pub out_blocked: bool,
@@ -49,6 +57,7 @@ impl Link {
             attached_us: now_us,
             reads_in_flight: 0,
             writes_in_flight: 0,
+            lease_asked: None,
             slow: false,
             out_blocked: false,
             dirty: false,
@@ -65,7 +74,7 @@ impl Link {
     }
 
     pub fn is_busy(&self) -> bool {
-        self.reads_in_flight + self.writes_in_flight > 0
+        self.reads_in_flight + self.writes_in_flight > 0 || self.lease_asked.is_some()
     }
 
     pub fn mode(&self) -> &'static str {

@@ -6,15 +6,17 @@
 //!              ◄── output ◄── readout      ◄── reading (verify)   ◄── answers        ◄──
 //! ```
 //!
-//! Pure, driven by events in tests: `nbd`, `plan`, `regions`, `requests`, `readout`, `spin`.
+//! Pure, driven by events in tests: `nbd`, `plan`, `regions`, `requests`, `readout`, `lease`, `spin`.
 //! Bytes and sockets: `buffers`, `client`, `link`. The shell that turns: `shell`, with `intake`,
-//! `answers`, `reading` and `upkeep` as its chapters. The door: `commands`.
+//! `answers`, `holding`, `reading` and `upkeep` as its chapters. The door: `commands`.
 
 mod answers;
 mod buffers;
 mod client;
 mod commands;
+mod holding;
 mod intake;
+mod lease;
 mod limits;
 mod link;
 mod nbd;
@@ -29,5 +31,5 @@ mod spin;
 mod stats;
 mod upkeep;
 
-pub use commands::{ClientTerms, Closed, EngineHandle, Event, Options};
+pub use commands::{boot_clock, ClientTerms, Clock, Closed, EngineHandle, Event, Options};
 pub use stats::{SlotStats, StatsReport, LATENCY_BUCKETS};

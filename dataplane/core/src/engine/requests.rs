@@ -79,6 +79,9 @@ struct Write {
     id: u64,
     kind: u8,
     flags: u16,
+    offset: u64,
+    /// 0 for a flush.
+    length: u64,
     first_region: u32,
     /// 0 for a flush.
     region_count: u32,
@@ -201,6 +204,8 @@ impl Table {
             id,
             kind: new.kind,
             flags: new.flags,
+            offset: new.offset,
+            length: new.length,
             first_region,
             region_count,
             frame: new.frame,
@@ -375,6 +380,22 @@ impl Table {
             }
         }
         (plain, syncing)
+    }
+
+    /// May what a replica read under this id, of these bytes, show a write that not all members hold? Links
+    /// keep the order, so a write with a later id is not in it.
+    pub fn shows_unfinished(&self, offset: u64, end: u64, id: u64) -> bool {
+        if self.by_region.is_empty() {
+            return false;
+        }
+        let shown = |key: &u32| {
+            let write = &self.writes[*key];
+            !write.finished && write.offset < end && offset < write.offset + write.length
+        };
+        (offset / REGION_BYTES..=(end - 1) / REGION_BYTES).any(|region| {
+            let Some(queue) = self.by_region.get(&(region as u32)) else { return false };
+            queue.iter().take_while(|key| self.writes[**key].id < id).any(shown)
+        })
     }
 
     /// Every frame up to this id is answered by all members, and none of them left replicas unequal.

@@ -5,13 +5,13 @@
 //! a limit held back; timers; then one gathered write per link and per client.
 //!
 //! Chapters: `intake` (bytes of clients become frames), `answers` (frames of links become
-//! outcomes), `reading` (reads, verification, repair), `upkeep` (timers, limits, stats).
+//! outcomes), `holding` (who may see them yet), `reading` (reads, verification, repair), `upkeep` (timers,
+//! limits, stats).
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::Timespec;
@@ -20,8 +20,10 @@ use rustix::io::Errno;
 use super::answers::ReadOp;
 use super::buffers::{Buf, Pool, Sent};
 use super::client::Client;
-use super::commands::{ClientTerms, Command, Event, Options, Shared};
+use super::commands::{ClientTerms, Clock, Command, Event, Options, Shared};
+use super::holding::HeldAnswer;
 use super::intake::{Mutation, Request};
+use super::lease::Lease;
 use super::limits::{SCRATCH_BYTES, SPIN_US};
 use super::link::{Link, LinkEnd};
 use super::reading::Fix;
@@ -54,8 +56,12 @@ pub(super) struct Shell {
     pub shared: Arc<Shared>,
     epoll: OwnedFd,
     ready: Vec<epoll::Event>,
-    started: Instant,
+    clock: Clock,
+    started_us: u64,
+    /// When this turn began: not after anything it sends.
     pub now_us: u64,
+    /// When bytes of a link were last received: not before them.
+    pub received_us: u64,
     pub stopped: bool,
     /// Something is left to do: do not sleep.
     pub again: bool,
@@ -83,6 +89,10 @@ pub(super) struct Shell {
     pub outcomes: Vec<Outcome>,
     pub reads: Slab<ReadOp>,
     pub waiting_reads: Vec<u32>,
+    pub lease: Lease,
+    /// The number of the last LEASE frame.
+    pub lease_number: u64,
+    pub held_answers: Vec<HeldAnswer>,
     pub fixes: Slab<Fix>,
     pub regions: Regions<Parked>,
     pub paused: bool,
@@ -108,8 +118,10 @@ impl Shell {
             shared,
             epoll,
             ready: Vec::with_capacity(READY_MAX),
-            started: Instant::now(),
+            started_us: (options.clock)(),
+            clock: options.clock,
             now_us: 0,
+            received_us: 0,
             stopped: false,
             again: false,
             spin: Spin::new(options.spin),
@@ -131,6 +143,9 @@ impl Shell {
             outcomes: Vec::new(),
             reads: Slab::new(),
             waiting_reads: Vec::new(),
+            lease: Lease::new(),
+            lease_number: 0,
+            held_answers: Vec::new(),
             fixes: Slab::new(),
             regions: Regions::new(),
             paused: false,
@@ -155,8 +170,8 @@ impl Shell {
         self.finish();
     }
 
-    fn clock_us(&self) -> u64 {
-        self.started.elapsed().as_micros() as u64
+    pub fn clock_us(&self) -> u64 {
+        (self.clock)().saturating_sub(self.started_us)
     }
 
     fn poll(&mut self, timeout_us: Option<u64>) -> bool {
@@ -215,6 +230,7 @@ impl Shell {
             self.run_outcomes();
         }
         self.resume_blocked();
+        self.release_held();
         self.upkeep();
         self.run_outcomes();
         self.flush_links();
@@ -242,6 +258,7 @@ impl Shell {
                     self.readers = readers;
                     self.retry_waiting_reads();
                 }
+                Command::SetLease(quorums) => self.lease.set(quorums),
                 Command::Barrier(token) => self.table.barrier(token),
                 Command::SetUnequal(regions) => self.regions.set_unequal(&regions),
                 Command::SetPartialWait(regions) => {

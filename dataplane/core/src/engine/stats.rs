@@ -28,6 +28,12 @@ pub struct Counters {
     pub write_bytes: u64,
     pub errors: u64,
     pub repairs: u64,
+    /// Answers held back until the read lease held again.
+    pub lease_waits: u64,
+    /// LEASE frames sent.
+    pub lease_frames: u64,
+    /// Answers held back until a write that they may show was done everywhere.
+    pub order_waits: u64,
     pub latency_read: Histogram,
     pub latency_write: Histogram,
     pub latency_flush: Histogram,

@@ -43,12 +43,11 @@ impl Shell {
     }
 
     /// When the loop must wake up by itself. None: only for an event.
-    pub(super) fn next_deadline_us(&mut self) -> Option<u64> {
+    pub(super) fn next_deadline_us(&self) -> Option<u64> {
         let timers = &self.timers;
         let mut next: Option<u64> = None;
         let mut at = |deadline: u64| next = Some(next.map_or(deadline, |next: u64| next.min(deadline)));
-        let busy = self.links_busy();
-        if busy {
+        if self.links_busy() {
             at(timers.stall_checked_us + STALL_CHECK_US);
         }
         if self.completed_due() {
@@ -60,7 +59,6 @@ impl Shell {
         if self.pool.free_bytes() > 0 {
             at(timers.trimmed_us + POOL_TRIM_US);
         }
-        self.timers.was_waiting = busy;
         next
     }
 
@@ -96,21 +94,24 @@ impl Shell {
             self.timers.trimmed_us = now_us;
             self.pool.trim();
         }
+        self.timers.was_waiting = self.links_busy();
     }
 
     /// How long a link owes an answer, relative to what it is allowed.
-    fn overdue(&self, slot: usize) -> Overdue {
+    fn overdue(&self, slot: usize, lease_missed: bool) -> Overdue {
         let Some(link) = &self.links[slot] else { return Overdue::No };
-        if link.writes_in_flight == 0 {
+        if link.writes_in_flight == 0 && link.lease_asked.is_none() {
             return Overdue::No;
         }
         let floor = link.attached_us.max(self.timers.not_before_us);
         let age = |sent: Option<u64>| sent.map_or(0, |sent| self.now_us.saturating_sub(sent.max(floor)));
         let (plain, syncing) = self.table.oldest_unanswered(slot);
         let (plain_us, syncing_us) = (age(plain), age(syncing));
-        if plain_us.max(syncing_us) > LINK_SYNC_TIMEOUT_US {
+        // Nobody may wait for a lease: then it says little that one is not answered.
+        let lease_us = age(link.lease_asked.map(|asked| asked.sent_at_us));
+        if plain_us.max(syncing_us).max(lease_us) > LINK_SYNC_TIMEOUT_US {
             Overdue::Hopeless
-        } else if plain_us > LINK_STALL_TIMEOUT_US {
+        } else if plain_us > LINK_STALL_TIMEOUT_US || (lease_missed && lease_us > LINK_STALL_TIMEOUT_US) {
             Overdue::Late
         } else {
             Overdue::No
@@ -121,7 +122,9 @@ impl Shell {
     /// nothing (no write could be finished without them): then only the long limit counts.
     fn check_links(&mut self) {
         let members = self.table.members();
-        let overdue: Vec<Overdue> = (0..self.links.len()).map(|slot| self.overdue(slot)).collect();
+        let lease_missed = self.lease_is_missed();
+        let overdue: Vec<Overdue> =
+            (0..self.links.len()).map(|slot| self.overdue(slot, lease_missed)).collect();
         let healthy: Slots = each(self.attached & members)
             .filter(|slot| overdue[*slot] == Overdue::No)
             .fold(0, |set, s| set | bit(s));
@@ -206,7 +209,10 @@ impl Shell {
             clients: self.clients.len() as u64,
             in_flight: self.requests.len() as u64,
             in_flight_bytes: self.pool.live_bytes() + self.reads_reserved,
-            waiting: (self.regions.waiting_count() + self.waiting_reads.len() + self.held.len()) as u64,
+            waiting: (self.regions.waiting_count()
+                + self.waiting_reads.len()
+                + self.held_answers.len()
+                + self.held.len()) as u64,
             slots: slot_stats.collect(),
         }
     }

@@ -6,11 +6,12 @@ use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use dolmen_core::checksum::{block_checksum, fragment_checksum};
-use dolmen_core::engine::{ClientTerms, EngineHandle, Event, Options};
+use dolmen_core::engine::{ClientTerms, Clock, EngineHandle, Event, Options};
 use dolmen_core::frame::{kind, le_u64, status, Header, HEADER_BYTES};
 
 pub const BLOCK: usize = 4096;
@@ -226,6 +227,24 @@ impl Replica {
     }
 }
 
+/// Time as a test wants it.
+#[derive(Clone, Default)]
+pub struct Time {
+    us: Arc<AtomicU64>,
+}
+
+impl Time {
+    fn clock(&self) -> Clock {
+        let us = self.us.clone();
+        Arc::new(move || us.load(Ordering::SeqCst))
+    }
+
+    /// The engine's next turn is this much later; `Rig::settle` makes it have one.
+    pub fn pass(&self, time: Duration) {
+        self.us.fetch_add(time.as_micros() as u64, Ordering::SeqCst);
+    }
+}
+
 /// An engine with replicas in memory.
 pub struct Rig {
     pub engine: EngineHandle,
@@ -236,7 +255,20 @@ pub struct Rig {
 
 impl Rig {
     pub fn new(size_bytes: u64, replica_count: usize) -> Self {
-        let options = Options { size_bytes, epoch: 3, slot_count: replica_count, spin: true };
+        Self::with_options(Options::new(size_bytes, 3, replica_count))
+    }
+
+    /// With a clock that only `Time::pass` moves.
+    pub fn with_time(size_bytes: u64, replica_count: usize) -> (Self, Time) {
+        let time = Time::default();
+        // A spin would not end.
+        let options =
+            Options { clock: time.clock(), spin: false, ..Options::new(size_bytes, 3, replica_count) };
+        (Self::with_options(options), time)
+    }
+
+    fn with_options(options: Options) -> Self {
+        let replica_count = options.slot_count;
         let engine = EngineHandle::start(options).expect("a loop");
         let replicas: Vec<Replica> = (0..replica_count).map(|_| Replica::default()).collect();
         let mut rig = Rig { engine, replicas, generations: vec![0; replica_count], seen: Vec::new() };
