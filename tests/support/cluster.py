@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,12 @@ MARK_VARIABLE = "DOLMEN_TEST_CLUSTER"
 class Cluster:
     """A running cluster. Every method is one or a few ``dolmen`` commands, or a signal to a pid."""
 
-    def __init__(self, directory: Path, network: PrivateNetwork | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, network: PrivateNetwork | None = None, prefix: Sequence[str] = ()
+    ) -> None:
         self.dir = directory
         self.network = network
+        self.prefix = [*(network.prefix if network else []), *prefix]
         self.mark = uuid.uuid4().hex
         self.env = {"DOLMEN_DIR": str(directory), MARK_VARIABLE: self.mark}
 
@@ -73,9 +77,8 @@ class Cluster:
         return json.loads(done.stdout)
 
     def up(self, *, nodes: int = 3) -> None:
-        """Everything else is the daemon's child, and lives in the same network."""
-        prefix = self.network.prefix if self.network else []
-        command = [*prefix, DOLMEN, "up", "--dir", self.dir, "--nodes", str(nodes), "--detach"]
+        """Everything else is the daemon's child, and lives in the same namespaces."""
+        command = [*self.prefix, DOLMEN, "up", "--dir", self.dir, "--nodes", str(nodes), "--detach"]
         run(*command, env=self.env, timeout_s=UP_TIMEOUT_S)
 
     def create(self, name: str, *, size: str = "64MiB", replicas: int = 3) -> None:
@@ -215,13 +218,18 @@ def cluster(
     nodes: int = 3,
     disk_bytes: Mapping[str, int] | None = None,
     network: PrivateNetwork | None = None,
+    prefix: Sequence[str] = (),
+    prepare: Callable[[Path], AbstractContextManager[object]] | None = None,
 ) -> Iterator[Cluster]:
     """``disk_bytes``: the size of a node's disk, which is then a file system of its own in memory.
-    ``network``: where it runs, if not in the machine's own."""
+    ``network``: where it runs, if not in the machine's own. ``prefix``: put before `dolmen up`.
+    ``prepare``: entered with the directory before anything runs, left when nothing does."""
     directory = Path(tempfile.mkdtemp(prefix="dolmen-test-", dir="/tmp"))  # short: sockets live in it
-    dolmen = Cluster(directory, network)
+    dolmen = Cluster(directory, network=network, prefix=prefix)
     with contextlib.ExitStack() as mounts:
         mounts.callback(shutil.rmtree, directory, ignore_errors=True)
+        if prepare is not None:
+            mounts.enter_context(prepare(directory))
         for node, size_bytes in (disk_bytes or {}).items():
             mounts.enter_context(tmpfs(directory / "nodes" / node / "disk0", size_bytes=size_bytes))
         try:
