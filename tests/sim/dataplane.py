@@ -77,8 +77,7 @@ class Read:
     asked: dict[int, tuple[int, float]] = field(default_factory=dict)  # frame id -> slot, sent at
     tried: set[int] = field(default_factory=set)
     value: Any = None
-    answered: bool = False  # good data is here; the lease decides when it is delivered
-    taken_s: float = 0.0
+    answered: int = 0  # the frame that brought good data; the lease decides when it is delivered
 
 
 @dataclass
@@ -356,9 +355,11 @@ class DataPlane:
         for link in self.links.values():
             link.sync |= link.slot in members
         self.retry_waiting_reads()
+        self._deliver_held()
 
     def _set_readers(self, readers: set[int]) -> None:
         self.readers = readers
+        self._deliver_held()
         self.retry_waiting_reads()
 
     def _drained(self) -> None:
@@ -426,7 +427,7 @@ class DataPlane:
 
     def read(self, block: int, done: Done) -> None:
         self._next_key += 1
-        read = self.reads[self._next_key] = Read(self._next_key, block, done, taken_s=self.now)
+        read = self.reads[self._next_key] = Read(self._next_key, block, done)
         self._renew_lease()
         self._issue(read)
 
@@ -441,7 +442,7 @@ class DataPlane:
         return True
 
     def _again(self, read: Read) -> None:
-        read.answered, read.value = False, None
+        read.answered, read.value = 0, None
         self.reads[read.key] = read
         self._issue(read)
 
@@ -524,7 +525,7 @@ class DataPlane:
             self._send(self.links[slot], ("X", self.last_id, self.epoch, read.block, value))
         for other in list(read.asked):
             self._forget_ask(read, other)
-        read.answered, read.value = True, value
+        read.answered, read.value = number, value
         self.held_reads.append(read.key)
 
     # The read lease
@@ -560,9 +561,20 @@ class DataPlane:
         held, self.held_reads = self.held_reads, []
         for key in held:
             read = self.reads.get(key)
-            if read is not None and not self._gate(read):
-                del self.reads[key]
-                read.done("", read.value)
+            if read is None or self._gate(read):
+                continue
+            if self._undecided(read):
+                self.held_reads.append(key)
+                continue
+            del self.reads[key]
+            read.done("", read.value)
+
+    def _undecided(self, read: Read) -> bool:
+        """Whether it may show a write that not all members hold yet: a client that has seen it must see it after
+        whatever dies now (C9)."""
+        queue = self.by_region.get(read.block // REGION_BLOCKS, ())
+        writes = (self.writes[number] for number in queue if number < read.answered)
+        return any(not write.finished and write.frame[3] == read.block for write in writes)
 
     # Timers: upkeep.rs
 

@@ -313,8 +313,11 @@ class Faults:
         if len(self.cluster.oracle.floor) < len(self.cluster.machines):
             return False
         block = self.sim.random.choice(self.cluster.load.blocks)
+        if not machine.store.holds(block):
+            return False  # a hole has nothing that could rot
         self._note("rot", machine.host, block)
         machine.store.rot(block)
+        self.cluster.rotten.add(block)
         yield 0.0
         return True
 

@@ -91,7 +91,11 @@ class Oracle:
         """After each step of an engine's machine."""
         volume = engine.volume
         ledger = volume.ledger
-        if ledger is None or not ledger.opened or engine.epoch < self.epoch or not engine.alive:
+        if ledger is None or engine.epoch < self.epoch or not engine.alive:
+            return
+        if not ledger.opened:
+            # Its first record may be durable somewhere, and then it counts, whoever is left out by it.
+            self.floor &= ledger.latest.in_sync
             return
         if volume.phase is VolumePhase.SERVING:
             known = self.served.setdefault(engine.epoch, engine)

@@ -231,6 +231,7 @@ class ReplicaServer(Process):
             self._reopen_after_s = self.sim.now + REOPEN_INTERVAL_S
             suspect = self.known is not None and self.known.suspect
             yield from self._settle_pulls()
+            self._end_sessions(lambda session: True)  # closing the failed store ends them
             yield from self._open(distrust_cache=True)
             if suspect and not self.meta.suspect:
                 self.known = epochs.store_failed(self.meta)

@@ -300,6 +300,9 @@ class ModelStore:
         """After a failed sync the pages are read again from the disk."""
         self.lose_cache(random)
 
+    def holds(self, block: int) -> bool:
+        return block in self.cached
+
     def rot(self, block: int) -> None:
         self.bad.add(block)
 
