@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.limits import STRAGGLER_WAIT_S
-from engine.volume import VolumeSpec
+from engine.membership import Hints, Override
+from engine.opening import NOTHING_SAID, Grant, VolumeSpec
 from protocol.errors import BadRequest, ProtocolViolation
-from protocol.hello import KEY_BYTES
+from protocol.hello import ID_CHARS_MAX, KEY_BYTES
 from protocol.limits import BLOCK_BYTES, REPLICAS_MAX, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN
 from protocol.membership import MembershipRecord, parse_record
 
@@ -74,6 +75,7 @@ class EngineConfig:
     listeners: tuple[Listener, ...]
     straggler_wait_s: float = STRAGGLER_WAIT_S
     read_only: bool = False
+    grant: Grant = NOTHING_SAID
 
     def spec(self) -> VolumeSpec:
         return VolumeSpec(
@@ -84,6 +86,7 @@ class EngineConfig:
             stored=self.record,
             replica_ids=tuple(replica.id for replica in self.replicas),
             straggler_wait_s=self.straggler_wait_s,
+            grant=self.grant,
         )
 
 
@@ -122,9 +125,6 @@ def parse_config(wire: Any) -> EngineConfig:
     wait_s = wire.get("straggler_wait_s", STRAGGLER_WAIT_S)
     if not isinstance(wait_s, int | float) or not 0 <= wait_s <= 3600:
         raise BadRequest(reason="straggler_wait_s is not a number of seconds")
-    read_only = wire.get("read_only", False)
-    if not isinstance(read_only, bool):
-        raise BadRequest(reason="read_only is not true or false")
     return EngineConfig(
         **texts,
         size_bytes=size_bytes,
@@ -133,8 +133,47 @@ def parse_config(wire: Any) -> EngineConfig:
         record=record,
         listeners=_listeners(wire["listeners"]),
         straggler_wait_s=float(wait_s),
-        read_only=read_only,
+        read_only=_flag(wire, "read_only"),
+        grant=_grant(wire),
     )
+
+
+def _grant(wire: dict[str, Any]) -> Grant:
+    forked = wire.get("forked", [])
+    if not _is_ids(forked):
+        raise BadRequest(reason="forked is not a list of replica ids")
+    opens = wire.get("opens", {})
+    counts = isinstance(opens, dict) and len(opens) <= REPLICAS_MAX
+    if not counts or any(type(count) is not int or count < 0 for count in opens.values()):
+        raise BadRequest(reason="opens is not a map of replica ids to counts")
+    return Grant(
+        predecessor_ended=_flag(wire, "predecessor_ended"),
+        hints=Hints(opens, _flag(wire, "distrust_store"), _override(wire.get("override"))),
+        forked=frozenset(forked),
+    )
+
+
+def _override(wire: Any) -> Override | None:
+    match wire:
+        case None:
+            return None
+        case {"members": members, "newest": [int(epoch), int(version)]} if members and _is_ids(members):
+            return Override(frozenset(members), (epoch, version))
+        case _:
+            raise BadRequest(reason="override is not {members, newest}")
+
+
+def _is_ids(wire: Any) -> bool:
+    return (
+        isinstance(wire, list) and len(wire) <= REPLICAS_MAX and all(isinstance(i, str) and i for i in wire)
+    )
+
+
+def _flag(wire: dict[str, Any], key: str) -> bool:
+    value = wire.get(key, False)
+    if not isinstance(value, bool):
+        raise BadRequest(reason=f"{key} is not true or false")
+    return value
 
 
 def _text(wire: dict[str, Any], key: str) -> str:
@@ -161,18 +200,21 @@ def _record(wire: Any) -> MembershipRecord:
 def _replicas(wire: Any) -> tuple[ReplicaAddress, ...]:
     if not isinstance(wire, list) or not 0 < len(wire) <= REPLICAS_MAX:
         raise BadRequest(reason=f"replicas is not a list of 1 to {REPLICAS_MAX}")
-    replicas = []
-    for item in wire:
-        match item:
-            case {"id": str(id_), "node": str(node), "host": str(host), "port": int(port)} if (
-                id_ and host and 0 < port < 65536
-            ):
-                replicas.append(ReplicaAddress(id=id_, node=node, host=host, port=port))
-            case _:
-                raise BadRequest(reason="a replica is not {id, node, host, port}")
+    replicas = [parse_address(item) for item in wire]
     if len({replica.id for replica in replicas}) != len(replicas):
         raise BadRequest(reason="two replicas have one id")
     return tuple(replicas)
+
+
+def parse_address(wire: Any) -> ReplicaAddress:
+    """Raises BadRequest."""
+    match wire:
+        case {"id": str(id_), "node": str(node), "host": str(host), "port": int(port)} if (
+            0 < len(id_) <= ID_CHARS_MAX and host and 0 < port < 65536
+        ):
+            return ReplicaAddress(id=id_, node=node, host=host, port=port)
+        case _:
+            raise BadRequest(reason="a replica is not {id, node, host, port}")
 
 
 def _listeners(wire: Any) -> tuple[Listener, ...]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from engine.pace import PullPace
+from engine.regions import Regions
 from protocol.errors import StorageError
 from protocol.membership import MembershipRecord
-
-Regions = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,10 @@ class ReplicaReport:
     reason: str
     opens: int  # how often a server process opened it, or an engine claimed it
     restored: bool  # its directory is a copy that was put back
+    closed: bool = False  # its epoch ended with a clean detach
+
+
+Quorums = tuple[tuple[tuple[int, ...], int], ...]  # (slots, how many of them)
 
 
 class Call(Enum):
@@ -55,6 +59,7 @@ class LinkMode(Enum):
 
 class TimerKind(Enum):
     STRAGGLERS = "stragglers"  # an open stops waiting for members that do not answer
+    LEASE = "lease"  # no older engine gives a read to anybody any more
     PULL_RETRY = "pull_retry"  # every source failed a moment ago
     STABLE = "stable"  # a replica stayed in sync for a while
     DETACH = "detach"  # requests under way had their time
@@ -148,7 +153,7 @@ class DirtyListed:
 
 @dataclass(frozen=True, slots=True)
 class ChangedListed:
-    """The source ``slot`` says what replica ``target`` may have missed."""
+    """``slot`` says what replica ``target`` may have missed, or, itself being ``target``, ever wrote."""
 
     slot: int
     session: int
@@ -168,6 +173,25 @@ class RegionsPulled:
     session: int
     regions: Regions
     bytes_copied: int
+    blocks_damaged: int = 0  # recorded as lost: no source had them
+
+
+@dataclass(frozen=True, slots=True)
+class PullIncomplete:
+    """The source has no good copy of a block in one of these regions. The rest of them was copied."""
+
+    slot: int
+    session: int
+    source: int
+    regions: Regions
+    bytes_copied: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paced:
+    """What the pulls that begin from now on may take."""
+
+    pace: PullPace
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +265,18 @@ class ResizeAsked:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ReplaceAsked:
+    """The slot of ``old``, which is gone, is to be the new replica's."""
+
+    request: int
+    old: str
+    new_id: str
+    new_node: str
+    host: str
+    port: int
+
+
 Event = (
     Started
     | ReplicaUp
@@ -256,6 +292,8 @@ Event = (
     | ChangedListed
     | ResyncBegun
     | RegionsPulled
+    | PullIncomplete
+    | Paced
     | ResyncEnded
     | Resized
     | Cleaned
@@ -267,6 +305,7 @@ Event = (
     | Fenced
     | DetachAsked
     | ResizeAsked
+    | ReplaceAsked
 )
 
 SessionEvent = ReplicaUp | Claimed | LinkAttached | ReplicaDown | LinkDown
@@ -276,6 +315,7 @@ ResyncEvent = (
     | ChangedListed
     | ResyncBegun
     | RegionsPulled
+    | PullIncomplete
     | ResyncEnded
     | Drained
     | RegionWanted
@@ -314,7 +354,8 @@ class ListDirty:
 
 @dataclass(frozen=True, slots=True)
 class ListChanged:
-    """Ask the source ``slot`` what changed after ``since``, for the replica ``target``."""
+    """Ask ``slot`` what changed after ``since``, for the replica ``target``: a source, or the target itself
+    when what it holds may be something that nobody else ever had."""
 
     slot: int
     session: int
@@ -335,6 +376,8 @@ class PullRegions:
     session: int
     source: int
     regions: Regions
+    rate_bytes_s: int = 0  # 0: no limit
+    take_damaged: bool = False  # record as lost what the source has no good copy of: nobody has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,10 +421,23 @@ class CloseSession:
 
 
 @dataclass(frozen=True, slots=True)
+class Retarget:
+    """The slot is another replica's, at another address, from now on."""
+
+    slot: int
+    id: str
+    node: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreRecord:
-    """Keep trying to store this record until it is stored or a later StoreRecord replaces it."""
+    """Keep trying to store this record until it is stored or a later StoreRecord replaces it. ``opens``: how
+    often the directory of each replica that it names was opened."""
 
     record: MembershipRecord
+    opens: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,6 +482,14 @@ class SetMembers:
 @dataclass(frozen=True, slots=True)
 class SetReaders:
     slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetLease:
+    """A read is given to a client only while, of each quorum's slots, so many answered lately. None: no read
+    is answered."""
+
+    quorums: Quorums
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +545,7 @@ LoopCommand = (
     DetachLink
     | SetMembers
     | SetReaders
+    | SetLease
     | SetUnequal
     | SetPartialWait
     | RegionsEqual
@@ -490,7 +555,7 @@ LoopCommand = (
     | SetSize
 )
 
-Action = ReplicaCall | LoopCommand | CloseSession | StoreRecord | StartTimer | Reply | Log | Stop
+Action = ReplicaCall | LoopCommand | CloseSession | Retarget | StoreRecord | StartTimer | Reply | Log | Stop
 
 EXIT_DETACHED = 0
 EXIT_FENCED = 3

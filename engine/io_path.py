@@ -29,12 +29,14 @@ from engine.events import (
     RegionDiverged,
     RegionsEqual,
     RegionWanted,
+    SetLease,
     SetMembers,
     SetPartialWait,
     SetReaders,
     SetSize,
     SetUnequal,
 )
+from engine.regions import numbers_of
 from protocol.errors import BadRequest, DiskError, StorageError, Unreachable
 from protocol.frames import Status
 from protocol.limits import LINK_STALL_TIMEOUT_S
@@ -88,16 +90,18 @@ class NativeIoPath:
                     native.set_members(list(slots))
                 case SetReaders(slots):
                     native.set_readers(list(slots))
+                case SetLease(quorums):
+                    native.set_lease([(list(slots), need) for slots, need in quorums])
                 case DetachLink(slot, generation):
                     native.detach_link(slot, generation)
                 case SetUnequal(regions):
-                    native.set_unequal(list(regions))
+                    native.set_unequal(numbers_of(regions))
                 case SetPartialWait(regions):
-                    native.set_partial_wait(list(regions))
+                    native.set_partial_wait(numbers_of(regions))
                 case RegionsEqual(regions):
-                    native.regions_equal(list(regions), self._diverged_seen)
+                    native.regions_equal(numbers_of(regions), self._diverged_seen)
                 case PartialDone(regions):
-                    native.partial_done(list(regions))
+                    native.partial_done(numbers_of(regions))
                 case Barrier(token):
                     native.barrier(token)
                 case Pause(paused):

@@ -13,7 +13,8 @@ or will be acknowledged:
 4   COMPARING again     regions first written between 1 and 3: the members hold them, X does not
 5   MARKING, SETTLING   the same for those, if there are any. X forgot which blocks were fresh; the
                         barrier makes the source hold all that X received before
-6   PULLING             copy what differs, never over a block that a live write made fresh
+6   PULLING             copy what differs, never over a block that a live write made fresh; what is
+                        equal may be cleaned at X: R is remembered by the members' stamps
 7   JOINING             acknowledgements need X too; writes sent to it earlier are done
 8   FLUSHING            what was pulled is as durable as the members' copies
 9   RECORDING           members, X and the state store hold a record that names X
@@ -21,6 +22,13 @@ or will be acknowledged:
 
 A failure of X at any point begins again from 1, with what was pulled already equal and cheap to compare. A
 source that dies is replaced: R does not depend on which source named it, since all of them are in sync.
+
+What X wrote under a history that was given up (``forked``), or before it was put back to an older state, need
+not be in anybody's marks: then R is all that a source ever wrote and all that X ever wrote.
+
+A region in which one source has damaged blocks is pulled from the others, one after the other; each gives
+what it has. Only when all have been asked is what is left recorded at X as damaged, as it is at them: a
+resync that waits for bytes that exist nowhere would never end.
 
 Does not own sessions, records or who is required: ``volume.py``, which is handed in as ``Host``.
 """
@@ -35,17 +43,22 @@ from engine.events import (
     AttachLink,
     Barrier,
     BeginResync,
+    CompleteRegions,
     EndResync,
     LinkMode,
     ListChanged,
     ListDirty,
     PartialDone,
     PullRegions,
-    Regions,
     SetPartialWait,
 )
+from engine.pace import PullPace
+from engine.regions import Regions, RegionSet
 from engine.replica_entry import ReplicaEntry, ReplicaState
 from engine.resync import PullPlan
+
+COMPLETE_BATCH_REGIONS = 256
+"""1 GiB: how much of a target an unclean stop may leave to be looked at again when it opens."""
 
 
 class Host(Protocol):
@@ -74,10 +87,14 @@ class Joining:
         self._bad_sources: set[int] = set()  # until the retry timer
         self._asked_session: tuple[int, int] | None = None  # slot and session of the source that was asked
         self._changed: Regions | None = None
+        self._own: Regions | None = None if target.compare_all else ()  # what the target itself ever wrote
+        self._own_asked = False
         self._dirty_asked = False
         self._token = 0
-        self._everything: Regions = ()
+        self._everything = RegionSet()
+        self._equal: list[int] = []  # pulled, not yet reported to the target
         self._must_begin = False  # a pull failed: some of its regions may no longer be tracked
+        target.reason = "it missed writes"
         host.move(target, ReplicaState.COMPARING)
 
     @property
@@ -85,7 +102,7 @@ class Joining:
         """All regions that were made equal."""
         return self._everything
 
-    def advance(self, members: Sequence[ReplicaEntry], *, store_up: bool) -> None:
+    def advance(self, members: Sequence[ReplicaEntry], *, store_up: bool, pace: PullPace) -> None:
         """Do what is due. ``members``: in sync now, and so possible sources."""
         self._choose_source(members)
         state = self.target.state
@@ -93,7 +110,7 @@ class Joining:
             self._ask()
             self._compare()
         elif state is ReplicaState.PULLING:
-            self._pull(store_up=store_up)
+            self._pull(members, store_up=store_up, pace=pace)
 
     def _choose_source(self, members: Sequence[ReplicaEntry]) -> None:
         candidates = [entry for entry in members if entry.slot not in self._bad_sources]
@@ -112,6 +129,10 @@ class Joining:
         if not self._linked and self.target.dirty is None and not self._dirty_asked:
             self._dirty_asked = True
             self._host.act(ListDirty(self.target.slot, self.target.session))
+        if self._own is None and not self._own_asked:
+            self._own_asked = True
+            slot, session = self.target.slot, self.target.session
+            self._host.act(ListChanged(slot, session, slot, (0, 0)))
         source = self._source
         if source is None or self._changed is not None:
             return
@@ -119,23 +140,29 @@ class Joining:
             self._asked_session = (source.slot, source.session)
             assert self.target.report is not None
             # Its own word for what it has is worth nothing if it was put back to an older state.
-            since = (0, 0) if self.target.rolled_back else self.target.report.synced_at
+            since = (0, 0) if self.target.compare_all else self.target.report.synced_at
             self._host.act(ListChanged(source.slot, source.session, self.target.slot, since))
 
     def on_changed(self, source: ReplicaEntry, regions: Regions) -> None:
+        if source is self.target:
+            self._own = regions
+            return
         asked = self._asked_session == (source.slot, source.session)
         if self.target.state is ReplicaState.COMPARING and asked:
             self._changed = regions
 
     def _compare(self) -> None:
-        if self._changed is None or self.target.dirty is None:
+        if self._changed is None or self.target.dirty is None or self._own is None:
             return
-        extra = {*self._changed, *self.target.dirty}.difference(self._everything)
+        extra = RegionSet(self._changed)
+        extra.update(self.target.dirty)
+        extra.update(self._own)
+        extra.difference_update(self._everything)
         self._changed, self._asked_session = None, None
         if self._linked and not extra:
             self._host.move(self.target, ReplicaState.PULLING)
             return
-        self._everything = tuple(sorted(extra.union(self._everything)))
+        self._everything.update(extra)
         if self.plan is None:
             self.plan = PullPlan(())
         self.plan.add(extra)
@@ -183,7 +210,7 @@ class Joining:
 
     # PULLING
 
-    def _pull(self, *, store_up: bool) -> None:
+    def _pull(self, members: Sequence[ReplicaEntry], *, store_up: bool, pace: PullPace) -> None:
         plan = self.plan
         assert plan is not None
         if plan.done:
@@ -201,17 +228,60 @@ class Joining:
                 self._must_begin = False
                 self._mark()
             return
-        while self._source is not None and (batch := plan.next_call()):
-            self._host.act(PullRegions(self.target.slot, self.target.session, self._source.slot, batch))
+        while self._source is not None and (batch := plan.next_call(pace)):
+            background = plan.is_background(batch)
+            source, take_damaged = self._source_for(batch, members)
+            if source is None:
+                plan.on_failed(batch)
+                self._host.retry_pulls_later()
+                return
+            self._host.act(
+                PullRegions(
+                    self.target.slot,
+                    self.target.session,
+                    source.slot,
+                    batch,
+                    rate_bytes_s=pace.rate_of_one_bytes_s if background else 0,
+                    take_damaged=take_damaged,
+                )
+            )
+
+    def _source_for(
+        self, batch: tuple[int, ...], members: Sequence[ReplicaEntry]
+    ) -> tuple[ReplicaEntry | None, bool]:
+        """Who gives it, None if nobody can just now; and whether what is damaged there is to be taken so."""
+        assert self._source is not None and self.plan is not None
+        refused = self.plan.refused_by(batch[0]) if len(batch) == 1 else frozenset()
+        left = [entry for entry in members if entry.slot not in refused]
+        if not refused or self._source in left:
+            return self._source, False
+        usable = [entry for entry in left if entry.slot not in self._bad_sources]
+        if usable:
+            return usable[0], False
+        # Somebody else may have it but can't be read for now: too early to give it up.
+        return (None, False) if left else (self._source, True)
 
     def want(self, region: int) -> None:
         if self.plan is not None:
             self.plan.want(region)
 
-    def on_pulled(self, regions: Regions, bytes_copied: int) -> None:
+    def on_pulled(self, regions: Regions, bytes_copied: int, blocks_damaged: int = 0) -> None:
         assert self.plan is not None
-        self.plan.on_done(regions, bytes_copied)
+        self.plan.on_done(regions, bytes_copied, blocks_damaged)
         self._host.act(PartialDone(regions))
+        # Equal, so that its marks can go: a target that is killed opens without reading it all again.
+        self._equal.extend(regions)
+        if len(self._equal) >= COMPLETE_BATCH_REGIONS:
+            equal, self._equal = tuple(sorted(self._equal)), []
+            self._host.act(CompleteRegions(self.target.slot, self.target.session, equal))
+
+    def on_incomplete(self, source_slot: int, regions: Regions, bytes_copied: int) -> None:
+        """The source lacks good copies of some blocks. Those of its regions that are whole are no longer
+        tracked at the target; a region that was pulled alone is."""
+        assert self.plan is not None
+        self.plan.on_incomplete(regions, source_slot, bytes_copied)
+        if len(regions) > 1:
+            self._must_begin = True
 
     def on_source_failed(self, source_slot: int, regions: Regions) -> None:
         """The target is well, but could not read from the source."""

@@ -8,6 +8,11 @@ STRAGGLER_WAIT_S = 1.0
 """How long an open waits for members that do not answer. Longer would break "first I/O again within
 2 s of a kill"; shorter would leave out replica servers that start together with the engine."""
 
+LEASE_WAIT_S = 1.1
+"""After its claims an engine serves nobody for this long, unless all older engines are known to have ended:
+one that was paused may go on answering reads for READ_LEASE_S after a replica's last answer. The rest is for
+clocks of machines that do not run at quite the same speed, and timers that fire early."""
+
 CONNECT_TIMEOUT_S = 2.0
 """From the first packet to the end of a hello. A server that is up answers in milliseconds."""
 
@@ -38,13 +43,6 @@ STABLE_AFTER_S = 30.0
 
 PULL_RETRY_S = 0.5
 """After all sources of a resync failed. One that died is found out by its session sooner."""
-
-PULL_BATCH_REGIONS = 8
-"""Background regions in one pull call: 32 MiB at most, so a slow network finishes it well within
-LONG_CALL_TIMEOUT_S at 1 MB/s."""
-
-PULL_CALLS_IN_FLIGHT_MAX = 2
-"""Background pull calls at once, per target: the second hides the round trip of the first."""
 
 WANTED_CALLS_IN_FLIGHT_MAX = 8
 """Pull calls of one region each, for requests that wait. They do not queue behind the background."""

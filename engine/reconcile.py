@@ -10,6 +10,11 @@ which blocks live writes made fresh; a barrier, so that the source holds all tha
 then pulls, regions that requests wait for first. If the source is lost, a target takes its place for what is
 not equal yet, once nothing is being copied to it.
 
+If the source has a damaged block in a region, the next member takes its place, and it pulls like the others:
+so a block that any member has good gets to all. When each has been the source, what is still damaged is
+so everywhere, and the region counts as equal; nothing is recorded as lost here, for a copy of a member is
+as good as another's.
+
 Does not own sessions or records. A member that was lost has left the set for good: should it come back while
 a reconcile is under way and still be a member, ``volume.py`` starts over in a new epoch.
 """
@@ -18,11 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.events import Barrier, BeginResync, CompleteRegions, EndResync, PullRegions, Regions, RegionsEqual
+from engine.events import Barrier, BeginResync, CompleteRegions, EndResync, PullRegions, RegionsEqual
 from engine.joining import Host
 from engine.limits import WANTED_MAX
+from engine.regions import Regions, RegionSet
 from engine.replica_entry import ReplicaEntry
-from engine.resync import PullPlan, RegionSet
+from engine.resync import PullPlan
 
 COMPLETE_BATCH_REGIONS = 256
 """Regions are reported to the members as equal in batches: a call to each per region would cost more than
@@ -50,6 +56,8 @@ class Reconcile:
         self._settled = False
         self._must_begin = True
         self._retry_due = True  # False while a source that could not be read is given time
+        self._source_damaged = False  # another member is to be the source next
+        self._refused: dict[int, set[int]] = {}  # region -> slots of sources with damaged blocks in it
         self.total_count = self._remaining.count
         self.done = False
 
@@ -60,6 +68,7 @@ class Reconcile:
     def advance(self) -> None:
         self._drop_lost()
         self._choose_source()
+        self._rotate_source()
         if self._source is None or self._undecided():
             return
         if self._lost or not self._targets:
@@ -91,7 +100,7 @@ class Reconcile:
         if not (self._must_begin and self._retry_due and self._idle()):
             return
         self._must_begin, self._settled, self._token = False, False, 0
-        regions = tuple(self._remaining)
+        regions = self._remaining.copy()
         for target in self._targets.values():
             target.plan = PullPlan(regions)
             target.begun = False
@@ -128,17 +137,28 @@ class Reconcile:
             target.plan.add(chosen.plan.remaining())  # what the new source has there is its own
         self._must_begin = True
 
+    def _rotate_source(self) -> None:
+        """After the source was found to be damaged. Waits for pulls under way, as when a source was lost."""
+        if not self._source_damaged or self._source is None or not self._targets or not self._idle():
+            return
+        self._source_damaged = False
+        was = self._source
+        following = min(self._targets, key=lambda slot: (slot <= was.slot, slot))  # each gets its turn
+        self._source = self._targets.pop(following).entry
+        self._targets[was.slot] = _Target(was, self._remaining)
+        self._must_begin = True
+
     def _settle_equal(self) -> None:
         """After somebody is gone: regions that no target has still to pull are equal on all members."""
-        targets = self._targets.values()
-        self._report_equal(
-            tuple(region for region in self._remaining if not any(region in t.plan for t in targets))
-        )
+        equal = self._remaining.copy()
+        for target in self._targets.values():
+            equal.difference_update(target.plan.remaining())
+        self._report_equal(equal)
 
     def _report_equal(self, regions: Regions) -> None:
-        newly = tuple(region for region in regions if self._remaining.discard(region))
+        newly = RegionSet(region for region in regions if self._remaining.discard(region))
         self._wanted.difference_update(newly)
-        if newly:
+        if newly.count:
             self._host.act(RegionsEqual(newly))
             self._equal.extend(newly)
         if len(self._equal) >= COMPLETE_BATCH_REGIONS or self._remaining.count == 0:
@@ -148,8 +168,8 @@ class Reconcile:
         entries = [target.entry for target in self._targets.values()]
         if self._source is not None:
             entries.append(self._source)
-        regions, self._equal = tuple(self._equal), []
-        if regions:
+        regions, self._equal = RegionSet(self._equal), []
+        if regions.count:
             for entry in entries:
                 self._host.act(CompleteRegions(entry.slot, entry.session, regions))
 
@@ -188,7 +208,21 @@ class Reconcile:
         target.plan.on_done(regions, bytes_copied)
         if not self._undecided():
             targets = self._targets.values()
-            self._report_equal(tuple(r for r in regions if not any(r in t.plan for t in targets)))
+            self._report_equal(RegionSet(r for r in regions if not any(r in t.plan for t in targets)))
+
+    def on_incomplete(self, slot: int, source_slot: int, regions: Regions, bytes_copied: int) -> None:
+        """The source lacks good copies of some blocks there."""
+        target = self._targets.get(slot)
+        if target is None:
+            return
+        members = {source_slot, *self._targets}
+        for region in regions:
+            self._refused.setdefault(region, set()).add(source_slot)
+        if all(self._refused[region] >= members for region in regions):
+            self.on_pulled(slot, regions, bytes_copied)  # nobody has more
+            return
+        target.plan.on_failed(regions)
+        self._must_begin = self._source_damaged = True
 
     def on_source_failed(self, slot: int, source_slot: int, regions: Regions) -> None:
         if slot not in self._targets:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-from engine.events import Regions, ReplicaReport
+from engine.events import ReplicaReport
+from engine.regions import Regions
 from protocol.membership import MembershipRecord
 
 Stamp = tuple[int, int]
@@ -106,14 +107,19 @@ class ReplicaEntry:
         self.failures = 0  # since it was last stable; over sessions
         self.stable_number = 0  # of the timer that clears ``failures``
         self.epoch_before: int | None = None  # its epoch when it was first found; over sessions
+        self.closed_before = False  # its epoch then had ended with a clean detach; over sessions
+        self.opens_seen = 0  # how often its directory had been opened; over sessions
+        self.accepted = False  # a member although its directory was put back; over sessions
         self.claimed_once = False  # by us; over sessions
         self.rolled_back = False  # it lost what it had held durably; over sessions
+        self.forked = False  # its history was given up: it may hold what nobody else ever had; over sessions
         self.vouched = False  # equal to the other members since this epoch was opened; over sessions
         self.failed_here = False  # an fsync failed under this engine: its page cache lies; over sessions
         self.report: ReplicaReport | None = None
         self.size_bytes = 0
         self.generation: int | None = None  # of its link
         self.dirty: Regions | None = None
+        self.written: Regions | None = None  # all it ever wrote; asked for only of one that was put back
         self.held: Stamp = (0, 0)  # the newest record that it holds durably
         self.persisting: Stamp | None = None  # a call under way
         self.resizing = False  # a call under way
@@ -129,11 +135,13 @@ class ReplicaEntry:
         # Ours means: claimed by us before. What it had then is what counts.
         if report.epoch < our_epoch or self.epoch_before is None:
             self.epoch_before = report.epoch
+            self.closed_before = report.closed
         if report.epoch < our_epoch and self.claimed_once:
             self.rolled_back = True
         self.take_report(report)
         self.generation = None
         self.dirty = None
+        self.written = None
         self.persisting = None
         self.resizing = False
 
@@ -153,6 +161,11 @@ class ReplicaEntry:
     @property
     def suspect(self) -> bool:
         return self.failed_here or self.rolled_back or (self.report is not None and self.report.suspect)
+
+    @property
+    def compare_all(self) -> bool:
+        """Whether nobody's marks tell what may be different in it."""
+        return self.rolled_back or self.forked
 
     @property
     def record(self) -> MembershipRecord:

@@ -35,6 +35,7 @@ from engine.events import (
     ListChanged,
     ListDirty,
     PersistRecord,
+    PullIncomplete,
     PullRegions,
     RecordPersisted,
     RegionsPulled,
@@ -55,11 +56,12 @@ from engine.limits import (
     RECONNECT_BASE_S,
     RECONNECT_CAP_S,
 )
+from engine.regions import Regions, RegionSet
 from protocol.connect import connect, connect_socket
-from protocol.errors import ProtocolViolation, SourceFailed, StorageError, Unreachable
+from protocol.errors import ProtocolViolation, StorageError, Unreachable
 from protocol.hello import Role
 from protocol.membership import parse_record
-from protocol.regions import pack_regions, unpack_regions
+from protocol.regions import pack_regions
 from protocol.rpc import RpcClient
 
 Post = Callable[[Event], None]
@@ -94,6 +96,7 @@ def parse_report(wire: Any) -> ReplicaReport:
             "reason": str(reason),
             "opens": int(opens),
             "restored": bool(restored),
+            "claimed_by": str(claimed_by),
         }:
             return ReplicaReport(
                 replica_id=replica_id,
@@ -107,9 +110,14 @@ def parse_report(wire: Any) -> ReplicaReport:
                 reason=reason,
                 opens=opens,
                 restored=restored,
+                closed=epoch > 0 and not claimed_by,
             )
         case _:
             raise ProtocolViolation(expected="a replica's report", got=type(wire).__name__)
+
+
+def _packed(regions: Regions) -> bytes:
+    return regions.packed() if isinstance(regions, RegionSet) else pack_regions(regions)
 
 
 class ReplicaLink:
@@ -149,11 +157,15 @@ class ReplicaLink:
     async def run(self) -> None:
         """Keep a session up until cancelled."""
         while True:
+            address = self._address
             try:
                 client, report = await self._open()
             except StorageError as error:
                 self._post(ReplicaDown(self._slot, 0, str(error)))
                 await asyncio.sleep(self._backoff.next_delay_s())
+                continue
+            if self._address is not address:
+                await client.close()
                 continue
             self._backoff.reset()
             try:
@@ -201,6 +213,11 @@ class ReplicaLink:
             self._client = None
             self._post(ReplicaDown(self._slot, self._session, "connection lost"))
 
+    def retarget(self, address: ReplicaAddress) -> None:
+        """From the next connection on. What still is under way to the old address comes to nothing."""
+        self._address = address
+        self._backoff.reset()
+
     def close_session(self, session: int, retry_after_s: float) -> None:
         """The machine gives this session up. Nothing of it is posted any more."""
         if session == self._session and self._client is not None:
@@ -229,7 +246,7 @@ class ReplicaLink:
             self._post(event)
 
     def _failed(self, action: ReplicaCall, error: StorageError) -> Event:
-        regions: tuple[int, ...] = ()
+        regions: Regions = ()
         other = -1
         if isinstance(action, PullRegions):
             regions, other = action.regions, action.source
@@ -257,7 +274,7 @@ class ReplicaLink:
                 regions = await self._regions(client, "changed_since", epoch=epoch, version=version)
                 return ChangedListed(slot, session, target, regions)
             case BeginResync(regions=regions):
-                await self._ask_long(client, "begin_resync", regions=pack_regions(regions))
+                await self._ask_long(client, "begin_resync", regions=_packed(regions))
                 return ResyncBegun(slot, session)
             case PullRegions():
                 return await self._pull(client, action)
@@ -265,7 +282,7 @@ class ReplicaLink:
                 await self._ask_long(client, "end_resync")
                 return ResyncEnded(slot, session)
             case CompleteRegions(regions=regions):
-                await self._ask_long(client, "complete_regions", regions=pack_regions(regions))
+                await self._ask_long(client, "complete_regions", regions=_packed(regions))
                 return None
             case ResizeReplica(size_bytes=size_bytes):
                 await self._ask(client, "resize", timeout_s=LONG_CALL_TIMEOUT_S, size_bytes=size_bytes)
@@ -282,27 +299,35 @@ class ReplicaLink:
     async def _ask_long(self, client: RpcClient, call: str, **args: Any) -> Any:
         return await self._ask(client, call, timeout_s=LONG_CALL_TIMEOUT_S, epoch=self._epoch, **args)
 
-    async def _regions(self, client: RpcClient, call: str, **args: Any) -> tuple[int, ...]:
+    async def _regions(self, client: RpcClient, call: str, **args: Any) -> RegionSet:
         match await self._ask(client, call, **args):
             case {"regions": packed}:
-                return tuple(unpack_regions(packed))
+                return RegionSet.from_packed(packed)
             case other:
                 raise ProtocolViolation(expected="regions", got=type(other).__name__)
 
     async def _pull(self, client: RpcClient, action: PullRegions) -> Event:
         source = self._address_of(action.source)
+        options: dict[str, Any] = {}
+        if action.rate_bytes_s:
+            options["rate_bytes_s"] = action.rate_bytes_s
+        if action.take_damaged:
+            options["take_damaged"] = True
         wire = await self._ask_long(
             client,
             "pull_regions",
             source=[source.host, source.port],
-            regions=pack_regions(action.regions),
+            regions=_packed(action.regions),
+            **options,
         )
         match wire:
             case {"regions": int(region_count), "bytes_copied": int(bytes_copied)}:
                 if region_count < len(action.regions):
-                    # The source has no good copy of some block there; another may.
-                    raise SourceFailed(volume=self._volume_id, reason=f"{source.id} has damaged blocks")
-                return RegionsPulled(self._slot, action.session, action.regions, bytes_copied)
+                    return PullIncomplete(
+                        self._slot, action.session, action.source, action.regions, bytes_copied
+                    )
+                damaged = wire.get("blocks_damaged", 0)
+                return RegionsPulled(self._slot, action.session, action.regions, bytes_copied, int(damaged))
             case _:
                 raise ProtocolViolation(expected="what was pulled", got=type(wire).__name__)
 

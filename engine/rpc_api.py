@@ -1,4 +1,4 @@
-"""The engine's control socket: engine.status, engine.stats, engine.resize, engine.detach.
+"""The engine's control socket: status, stats, resize, replace_replica, detach.
 
 Owns the socket file and argument checks. The socket is made under another name, with mode 0600, and renamed
 into place; it is never removed, because by then it may be a newer engine's.
@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
+from engine.config import ReplicaAddress, parse_address
 from engine.limits import CONTROL_CONNECTIONS_MAX
 from protocol.errors import BadRequest
 from protocol.limits import BLOCK_BYTES, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN
@@ -32,6 +33,7 @@ class Engine(Protocol):
     def stats(self) -> dict[str, Any]: ...
     def resize(self, size_bytes: int) -> Awaitable[None]: ...
     def detach(self) -> Awaitable[None]: ...
+    def replace_replica(self, old: str, new: ReplicaAddress) -> Awaitable[None]: ...
 
 
 async def answer(engine: Engine, call: str, args: dict[str, Any]) -> Any:
@@ -47,6 +49,11 @@ async def answer(engine: Engine, call: str, args: dict[str, Any]) -> Any:
             return {}
         case "engine.resize", _:
             raise BadRequest(reason=f"size_bytes is not a multiple of {BLOCK_BYTES} up to {VOLUME_BYTES_MAX}")
+        case "engine.replace_replica", {"old": str(old), "new": new}:
+            await engine.replace_replica(old, parse_address(new))
+            return {}
+        case "engine.replace_replica", _:
+            raise BadRequest(reason="engine.replace_replica takes old and new")
         case "engine.detach", _:
             await engine.detach()
             return {}

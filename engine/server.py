@@ -23,8 +23,11 @@ from engine.events import (
     DetachAsked,
     Event,
     Log,
+    Paced,
+    ReplaceAsked,
     Reply,
     ResizeAsked,
+    Retarget,
     Started,
     StartTimer,
     Stop,
@@ -34,6 +37,7 @@ from engine.events import (
 from engine.frontend import Frontend
 from engine.io_path import IoPath, Notice
 from engine.negotiation import Export, ExportTable
+from engine.pace import PACE_INTERVAL_S, STARTING, LoadMeter, Pace
 from engine.replica_link import CALL_OF, ReplicaLink
 from engine.rpc_api import serve_control
 from engine.status import volume_status
@@ -62,11 +66,14 @@ class EngineServer:
         self._io = io
         self._random = random
         self._volume = Volume(config.spec())
+        self._addresses = list(config.replicas)  # by slot
         self._inbox: deque[Event] = deque()
         self._stepping = False
+        self._pacing: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
         self._exit_code = EXIT_BUG
         self._links: list[ReplicaLink] = []
+        self._tasks: asyncio.TaskGroup | None = None
         self._store: StoreLink | None = None
         self._frontend: Frontend | None = None
         self._replies: dict[int, asyncio.Future[None]] = {}
@@ -95,6 +102,7 @@ class EngineServer:
 
     def _start(self, tasks: asyncio.TaskGroup) -> None:
         config = self._config
+        self._tasks = tasks
         self._links = [
             ReplicaLink(
                 slot,
@@ -143,12 +151,46 @@ class EngineServer:
             while self._inbox:
                 for action in self._volume.step(self._inbox.popleft()):
                     self._perform(action)
+            self._pace_if_resyncing()
         except Exception:  # a bug of ours: what the machine believes is no longer sure
             log.exception("the volume's machine failed by a bug")
             self.stop(EXIT_BUG)
             raise
         finally:
             self._stepping = False
+
+    def _pace_if_resyncing(self) -> None:
+        """The client's load is looked at only while somebody is brought up to date: idle costs nothing."""
+        joining = self._volume.joining
+        if (
+            self._pacing is None
+            and joining is not None
+            and joining.plan is not None
+            and self._tasks is not None
+        ):
+            self._pacing = self._tasks.create_task(self._keep_pace(), name="pace")
+
+    async def _keep_pace(self) -> None:
+        pace, meter = Pace(), LoadMeter()
+        clock = asyncio.get_running_loop().time
+        try:
+            before_s = clock()
+            while (joining := self._volume.joining) is not None and not self._volume.ended:
+                copied = joining.plan.bytes_copied if joining.plan is not None else 0
+                now_s = clock()
+                load = meter.window(self._io.stats(), window_s=now_s - before_s, copied_bytes=copied)
+                before_s = now_s
+                if load is not None:
+                    was = self._volume.pace
+                    now = pace.step(load)
+                    if now != was:
+                        self.post(Paced(now))
+                    if now.rate_bytes_s != was.rate_bytes_s:
+                        log.info("resync paced", extra={"fields": pace.told()})
+                await asyncio.sleep(PACE_INTERVAL_S)
+        finally:
+            self._pacing = None
+        self.post(Paced(STARTING))
 
     def _perform(self, action: Action) -> None:
         if type(action) in CALL_OF:
@@ -159,9 +201,12 @@ class EngineServer:
                 log.info("%s", event, extra={"fields": fields})
             case CloseSession(slot, session, retry_after_s):
                 self._links[slot].close_session(session, retry_after_s)
-            case StoreRecord(record):
+            case StoreRecord():
                 assert self._store is not None
-                self._store.store(record)
+                self._store.store(action)
+            case Retarget(slot, id_, node, host, port):
+                self._addresses[slot] = ReplicaAddress(id=id_, node=node, host=host, port=port)
+                self._links[slot].retarget(self._addresses[slot])
             case StartTimer(timer, delay_s):
                 asyncio.get_running_loop().call_later(delay_s, self.post, TimerFired(timer))
             case Reply(request, error):
@@ -179,7 +224,7 @@ class EngineServer:
                 self._frontend.on_client_closed(client_id, reason)
             case ("block_repaired", int(slot), int(block)):
                 self._repaired_count += 1
-                replica = self._config.replicas[slot].id
+                replica = self._addresses[slot].id
                 log_event(log, "block repaired", level=logging.WARNING, replica=replica, block_index=block)
             case ("block_unreadable", int(block)):
                 self._unreadable_count += 1
@@ -209,6 +254,9 @@ class EngineServer:
     async def resize(self, size_bytes: int) -> None:
         await self._ask(lambda request: ResizeAsked(request, size_bytes))
 
+    async def replace_replica(self, old: str, new: ReplicaAddress) -> None:
+        await self._ask(lambda request: ReplaceAsked(request, old, new.id, new.node, new.host, new.port))
+
     async def detach(self) -> None:
         await self._ask(DetachAsked)
 
@@ -234,7 +282,7 @@ class EngineServer:
     # For the parts
 
     def _address_of(self, slot: int) -> ReplicaAddress:
-        return self._config.replicas[slot]
+        return self._addresses[slot]
 
     def _exports(self) -> ExportTable:
         return ExportTable(

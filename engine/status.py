@@ -33,14 +33,15 @@ def volume_status(volume: Volume, *, clients: int) -> dict[str, Any]:
 def _record(volume: Volume) -> MembershipRecord:
     """The committed record, or the newest known one while the volume is being opened."""
     ledger = volume.ledger
-    return ledger.committed if ledger is not None and ledger.opened else volume.newest
+    return ledger.committed if ledger is not None and ledger.opened else volume.opening.newest
 
 
 def volume_state(volume: Volume) -> str:
     if volume.ended:
         return "detached"
+    opening = volume.opening
     if volume.phase not in RUNNING:
-        return "waiting" if volume.must_wait is not None and volume.stragglers_waited else "attaching"
+        return "waiting" if opening.must_wait is not None and opening.stragglers_waited else "attaching"
     up = {entry.id for entry in volume.members_up()}
     assert volume.ledger is not None
     if not volume.ledger.exposed <= up | _joiner(volume):
@@ -58,9 +59,9 @@ def waiting_for(volume: Volume) -> list[dict[str, str]]:
     if volume.ended or volume_state(volume) not in ("waiting", "attaching"):
         return []
     if ledger is None:
-        if volume.must_wait is None:
+        wait = volume.opening.must_wait
+        if wait is None:
             return []
-        wait = volume.must_wait
         return [{"replica": replica, "reason": wait.reason} for replica in sorted(wait.waiting_for)]
     found = [
         {"replica": entry.id, "reason": entry.reason or "on its way"}

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from random import Random
 
 from engine.backoff import Backoff
-from engine.events import Event, Fenced, RecordStored, StoreDown, StoreUp
+from engine.events import Event, Fenced, RecordStored, StoreDown, StoreRecord, StoreUp
 from engine.limits import CALL_TIMEOUT_S, CONNECT_TIMEOUT_S, RECONNECT_BASE_S, RECONNECT_CAP_S
 from protocol.errors import StaleEpoch, StorageError
-from protocol.membership import MembershipRecord
 from protocol.rpc import RpcClient
 
 
@@ -27,12 +26,12 @@ class StoreLink:
         self._epoch = epoch
         self._backoff = Backoff(random, base_s=RECONNECT_BASE_S, cap_s=RECONNECT_CAP_S)
         self._post = post
-        self._wanted: MembershipRecord | None = None
+        self._wanted: StoreRecord | None = None
         self._changed = asyncio.Event()
 
-    def store(self, record: MembershipRecord) -> None:
+    def store(self, wanted: StoreRecord) -> None:
         """Until it is stored, or another takes its place."""
-        self._wanted = record
+        self._wanted = wanted
         self._changed.set()
 
     async def run(self) -> None:
@@ -68,14 +67,15 @@ class StoreLink:
         finally:
             lost.cancel()
 
-    async def _store_one(self, client: RpcClient, record: MembershipRecord) -> bool:
+    async def _store_one(self, client: RpcClient, wanted: StoreRecord) -> bool:
         try:
             await client.call(
                 "store.record",
                 timeout_s=CALL_TIMEOUT_S,
                 volume_id=self._volume_id,
                 epoch=self._epoch,
-                record=record.to_wire(),
+                record=wanted.record.to_wire(),
+                opens=dict(wanted.opens),
             )
         except StaleEpoch:
             self._post(Fenced("the state store"))
@@ -85,7 +85,7 @@ class StoreLink:
             self._post(StoreDown(str(error)))
             return False
         self._backoff.reset()
-        if self._wanted == record:
+        if self._wanted == wanted:
             self._wanted = None
-        self._post(RecordStored(record.stamp))
+        self._post(RecordStored(wanted.record.stamp))
         return True

@@ -16,22 +16,25 @@ while members are being made equal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from engine import events as ev
+from engine import replacing
 from engine.joining import Joining
 from engine.limits import (
+    LEASE_WAIT_S,
     NO_SPACE_RETRY_S,
     PULL_RETRY_S,
     RECONNECT_CAP_S,
     RETRY_BASE_S,
     RETRY_CAP_S,
     STABLE_AFTER_S,
-    STRAGGLER_WAIT_S,
 )
-from engine.membership import Ledger, MayOpen, MustWait, decide_open
+from engine.membership import Ledger, MustWait, lease_quorums
+from engine.opening import Opening
+from engine.opening import VolumeSpec as VolumeSpec
+from engine.pace import STARTING
 from engine.phase import NEXT_PHASES, VolumePhase
 from engine.reconcile import Reconcile
+from engine.regions import Regions, RegionSet
 from engine.replica_entry import (
     REQUIRED_RESYNC_STATES,
     RESYNC_STATES,
@@ -50,36 +53,25 @@ UPKEEP_PASSES_MAX = 32
 """Each pass but the last does something that cannot be undone within the step; a handful is normal."""
 
 
-@dataclass(frozen=True, slots=True)
-class VolumeSpec:
-    """What the daemon grants with the epoch. The order of ``replica_ids`` gives the slots."""
-
-    volume_id: str
-    name: str
-    size_bytes: int
-    epoch: int
-    stored: MembershipRecord
-    replica_ids: tuple[str, ...]
-    straggler_wait_s: float = STRAGGLER_WAIT_S
-
-
 class Volume:
     def __init__(self, spec: VolumeSpec) -> None:
         self.spec = spec
         self.size_bytes = spec.size_bytes
         self.phase = VolumePhase.INSPECTING
         self.entries = tuple(ReplicaEntry(slot, r) for slot, r in enumerate(spec.replica_ids))
-        self.must_wait: MustWait | None = None  # why the volume can't be opened now
-        self.newest = spec.stored  # the newest record known before this epoch's first
+        for entry in self.entries:
+            entry.forked = entry.id in spec.grant.forked
+        self.opening = Opening(spec)
         self.ledger: Ledger | None = None
         self.joining: Joining | None = None
         self.reconcile: Reconcile | None = None
+        self.pace = STARTING
         self.store_up = False
         self.store_reason = "not connected yet"
         self.members: tuple[int, ...] = ()  # as last told to the data plane
         self.readers: tuple[int, ...] = ()
+        self.lease: ev.Quorums = ()
         self._stored_stamp = spec.stored.stamp
-        self.stragglers_waited = False
         self._opened_suspect = False  # all members the volume was opened with were suspect
         self._diverged: set[int] = set()  # regions to reconcile next
         self._token = 0
@@ -165,12 +157,15 @@ class Volume:
                 | ev.ChangedListed()
                 | ev.ResyncBegun()
                 | ev.RegionsPulled()
+                | ev.PullIncomplete()
                 | ev.ResyncEnded()
                 | ev.Drained()
                 | ev.RegionWanted()
                 | ev.RegionDiverged()
             ):
                 self._on_resync_event(event)
+            case ev.Paced(pace):
+                self.pace = pace
             case ev.Resized(slot, session, size_bytes):
                 if entry := self._current(slot, session):
                     entry.resizing = False
@@ -185,6 +180,10 @@ class Volume:
                 self._end(ev.EXIT_FENCED, f"fenced by {by}")
             case ev.DetachAsked(request):
                 self._on_detach(request)
+            case ev.ReplaceAsked():
+                if (change := replacing.decide(self.entries, self.ledger, event, self.act)) is not None:
+                    self._drop(change.old, f"replaced by {event.new_id}")
+                    self.entries = change.entries
             case ev.ResizeAsked():
                 self._growth.ask(event)
 
@@ -231,22 +230,19 @@ class Volume:
         if report.epoch > self.spec.epoch:
             self._end(ev.EXIT_FENCED, f"{entry.id} was claimed in epoch {report.epoch}")
             return
+        opening = self.phase in (VolumePhase.INSPECTING, VolumePhase.CLAIMING, VolumePhase.RECORDING)
+        if report.state != "open" and (not opening or report.replica_id != entry.id):
+            # It can't be claimed, or (its metadata can't be read) not even say who it is. Made anew, it will.
+            entry.reason = report.reason or report.state
+            self.act(ev.CloseSession(entry.slot, session, RECONNECT_CAP_S))
+            return
         if report.replica_id != entry.id:
-            if report.state != "open":  # its metadata can't be read: made anew, it will say who it is
-                entry.reason = report.reason or report.state
-                self.act(ev.CloseSession(entry.slot, session, RECONNECT_CAP_S))
-                return
             entry.reason = f"its address answers as {report.replica_id}"
             self.act(ev.CloseSession(entry.slot, session, RETRY_CAP_S))
             return
         entry.begin_session(session, report, self.spec.epoch)
+        self.opening.on_up(entry)
         self.move(entry, ReplicaState.FOUND)
-        if self.phase is not VolumePhase.INSPECTING:
-            self._claim(entry)
-
-    def _claim(self, entry: ReplicaEntry) -> None:
-        self.move(entry, ReplicaState.CLAIMING)
-        self.act(ev.Claim(entry.slot, entry.session))
 
     def _on_link_down(self, entry: ReplicaEntry, reason: str, status: int) -> None:
         if status == Status.STALE_EPOCH:
@@ -303,18 +299,27 @@ class Volume:
             case ev.DirtyListed(regions=regions):
                 entry.dirty = regions
             case ev.ChangedListed(target=target, regions=regions):
-                if self.joining is not None and self.joining.target.slot == target:
+                if entry.slot == target and entry.state is ReplicaState.ATTACHING:
+                    entry.written = regions
+                elif self.joining is not None and self.joining.target.slot == target:
                     self.joining.on_changed(entry, regions)
             case ev.ResyncBegun(slot):
                 if joining is not None:
                     joining.on_begun()
                 elif self.reconcile is not None:
                     self.reconcile.on_begun(slot)
-            case ev.RegionsPulled(slot, _, regions, bytes_copied):
+            case ev.RegionsPulled(slot, _, regions, bytes_copied, blocks_damaged):
+                if blocks_damaged:
+                    self._log("blocks lost on all replicas", replica=entry.id, block_count=blocks_damaged)
                 if joining is not None:
-                    joining.on_pulled(regions, bytes_copied)
+                    joining.on_pulled(regions, bytes_copied, blocks_damaged)
                 elif self.reconcile is not None:
                     self.reconcile.on_pulled(slot, regions, bytes_copied)
+            case ev.PullIncomplete(slot, _, source, regions, bytes_copied):
+                if joining is not None:
+                    joining.on_incomplete(source, regions, bytes_copied)
+                elif self.reconcile is not None:
+                    self.reconcile.on_incomplete(slot, source, regions, bytes_copied)
             case ev.ResyncEnded():
                 if joining is not None:
                     joining.on_ended()
@@ -341,7 +346,7 @@ class Volume:
             return
         joining = self.joining
         match event.call:
-            case ev.Call.CHANGED:
+            case ev.Call.CHANGED if event.other != event.slot:
                 if joining is not None and joining.target.slot == event.other:
                     joining.on_changed_failed(entry)
                 return
@@ -366,7 +371,9 @@ class Volume:
     def _on_timer(self, timer: ev.Timer) -> None:
         match timer.kind:
             case ev.TimerKind.STRAGGLERS:
-                self.stragglers_waited = True
+                self.opening.stragglers_waited = True
+            case ev.TimerKind.LEASE:
+                self.opening.lease_over = True
             case ev.TimerKind.PULL_RETRY:
                 self._retry_started = False
                 if self.joining is not None:
@@ -387,6 +394,7 @@ class Volume:
             before = len(self._out)
             if self.phase in (VolumePhase.INSPECTING, VolumePhase.CLAIMING):
                 self._advance_opening()
+            self._claim_found()
             if self.phase in (VolumePhase.RECORDING, VolumePhase.SERVING, VolumePhase.DETACHING):
                 self._advance_membership()
                 self._assign_roles()
@@ -404,26 +412,23 @@ class Volume:
 
     def _advance_opening(self) -> None:
         if self.phase is VolumePhase.INSPECTING:
-            found = [e for e in self.entries if e.state is not ReplicaState.OFFLINE]
-            decision = self._decide(found)
-            if isinstance(decision, MustWait) or (decision.absent and not self.stragglers_waited):
+            opening = self.opening
+            decision = opening.decide(e for e in self.entries if e.state is not ReplicaState.OFFLINE)
+            if isinstance(decision, MustWait) or (decision.absent and not opening.stragglers_waited):
                 return
             self._enter(VolumePhase.CLAIMING)
-            for entry in found:
-                if entry.state is ReplicaState.FOUND:
-                    self._claim(entry)
+            self._claim_found()
         if any(entry.state is ReplicaState.CLAIMING for entry in self.entries):
             return
         # Only now are the records final: an older engine may have committed one until it was locked out.
-        decision = self._decide([entry for entry in self.entries if entry.claimed])
+        decision = self.opening.decide(entry for entry in self.entries if entry.claimed)
         if isinstance(decision, MustWait):
             self._enter(VolumePhase.INSPECTING)
             return
+        self.opening.judge(self.entries)
         self._opened_suspect = any(e.suspect for e in self.entries if e.id in decision.members)
-        for entry in self.entries:
-            before = entry.epoch_before
-            if entry.id in decision.newest.in_sync and before is not None and before < decision.newest.epoch:
-                entry.rolled_back = True
+        if not self.opening.lease_over:
+            self.act(ev.StartTimer(ev.Timer(ev.TimerKind.LEASE), LEASE_WAIT_S))
         self.ledger = Ledger(
             epoch=self.spec.epoch,
             newest=decision.newest,
@@ -433,16 +438,14 @@ class Volume:
         self._log("open decided", record=decision.newest.to_wire(), members=sorted(decision.members))
         self._enter(VolumePhase.RECORDING)
 
-    def _decide(self, entries: list[ReplicaEntry]) -> MayOpen | MustWait:
-        reports = {
-            e.id: replace(e.report, epoch=e.epoch_before)
-            for e in entries
-            if e.report is not None and e.epoch_before is not None
-        }
-        decision = decide_open(self.spec.stored, reports, self.spec.replica_ids)
-        self.newest = decision.newest
-        self.must_wait = decision if isinstance(decision, MustWait) else None
-        return decision
+    def _claim_found(self) -> None:
+        if self.phase is VolumePhase.INSPECTING:
+            return
+        opened = self.ledger is not None and self.ledger.opened
+        for entry in self.entries:
+            if entry.state is ReplicaState.FOUND and self.opening.may_claim(entry, opened=opened):
+                self.move(entry, ReplicaState.CLAIMING)
+                self.act(ev.Claim(entry.slot, entry.session))
 
     # Membership
 
@@ -465,7 +468,8 @@ class Volume:
             if target != ledger.latest.in_sync or (ledger.proposed is None and not ledger.opened):
                 record = ledger.propose(target)
                 self._log("record proposed", record=record.to_wire())
-                self.act(ev.StoreRecord(record))
+                self._announce_lease()  # first: from here on the record may be durable somewhere
+                self.act(ev.StoreRecord(record, self._opens_of(record)))
         self._drive_proposal(ledger)
 
     def _joiner_to_record(self, ledger: Ledger) -> frozenset[str]:
@@ -494,6 +498,10 @@ class Volume:
                 self._persist(entry, record)
         if ledger.can_commit({entry.id: entry.held for entry in self.entries}, self._stored_stamp):
             self._commit(ledger)
+
+    def _opens_of(self, record: MembershipRecord) -> tuple[tuple[str, int], ...]:
+        named = [entry for entry in self.entries if entry.id in record.in_sync and entry.report is not None]
+        return tuple((entry.id, entry.report.opens) for entry in named if entry.report is not None)
 
     def _persist(self, entry: ReplicaEntry, record: MembershipRecord) -> None:
         entry.persisting = record.stamp
@@ -543,12 +551,26 @@ class Volume:
             required = self._required()
             members = tuple(entry.slot for entry in self.entries if entry.id in required)
             readers = tuple(entry.slot for entry in self.members_up())
+        self._announce_lease()
         if not set(readers) <= set(self.readers):
             self._set_members(members)  # who serves reads must be a member first
         if readers != self.readers:
             self.readers = readers
             self.act(ev.SetReaders(readers))
         self._set_members(members)
+
+    def _announce_lease(self) -> None:
+        """Whose fresh answers a read needs. A proposal's quorum is in force before the proposal is sent to
+        anybody; an older record's is dropped when a later record is committed, for then no engine can open
+        from it any more."""
+        lease: ev.Quorums = ()
+        if self.phase in (VolumePhase.SERVING, VolumePhase.DETACHING):
+            assert self.ledger is not None
+            quorums = lease_quorums(self.ledger.possible, len(self.entries))
+            lease = tuple((tuple(e.slot for e in self.entries if e.id in ids), need) for ids, need in quorums)
+        if lease != self.lease:
+            self.lease = lease
+            self.act(ev.SetLease(lease))
 
     def _set_members(self, members: tuple[int, ...]) -> None:
         if members != self.members:
@@ -588,7 +610,8 @@ class Volume:
     def _assign_roles(self) -> None:
         for entry in self.entries:
             if entry.state is ReplicaState.ATTACHING:
-                if entry.generation is not None and entry.dirty is not None:
+                known = entry.dirty is not None and (entry.written is not None or not entry.accepted)
+                if entry.generation is not None and known:
                     self._enter_in_sync(entry)
                     if self.phase is not VolumePhase.RECORDING:
                         self._complete_later(entry)
@@ -609,6 +632,8 @@ class Volume:
             else:
                 self.move(entry, ReplicaState.ATTACHING)
                 self.act(ev.ListDirty(entry.slot, entry.session))
+                if entry.accepted:
+                    self.act(ev.ListChanged(entry.slot, entry.session, entry.slot, (0, 0)))
                 self.act(ev.AttachLink(entry.slot, entry.session, ev.LinkMode.SYNC))
         self._reopen_if_stuck()
 
@@ -639,13 +664,16 @@ class Volume:
         members = self.members_up()
         if len(members) < len(self._required()):
             return  # it comes back, or a record without it is committed
-        regions: set[int] = set()
+        if not self.opening.lease_over:
+            return  # an older engine may still answer reads
+        regions = RegionSet()
         for entry in members:
             assert entry.dirty is not None
             regions.update(entry.dirty)
+            regions.update(entry.written or ())
             entry.vouched = True
         self._enter(VolumePhase.SERVING)
-        self._start_reconcile(members, tuple(sorted(regions)))
+        self._start_reconcile(members, regions)
 
     def _inform_others(self) -> None:
         """Replicas that are not members hold the committed record too: it stamps what they write."""
@@ -661,7 +689,7 @@ class Volume:
 
     # Resync and reconcile
 
-    def _start_reconcile(self, members: list[ReplicaEntry], regions: ev.Regions) -> None:
+    def _start_reconcile(self, members: list[ReplicaEntry], regions: Regions) -> None:
         if len(members) > 1 and regions:
             self._log("reconcile started", region_count=len(regions), source=members[0].id)
             self.act(ev.SetUnequal(regions))
@@ -684,7 +712,7 @@ class Volume:
         if self.reconcile is None and not self._diverged and self.phase is VolumePhase.SERVING:
             self._start_joining()
         if self.joining is not None:
-            self.joining.advance(self.members_up(), store_up=self.store_up)
+            self.joining.advance(self.members_up(), store_up=self.store_up, pace=self.pace)
 
     def _reconcile_diverged(self) -> None:
         """A write failed on all members; each may have some of it."""

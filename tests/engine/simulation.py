@@ -9,9 +9,12 @@ have that id or a later one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain, combinations
+from typing import Any
 
 from engine.events import (
     AttachLink,
@@ -31,6 +34,7 @@ from engine.events import (
     Drained,
     EndResync,
     Event,
+    Fenced,
     LinkAttached,
     LinkDown,
     LinkMode,
@@ -40,7 +44,9 @@ from engine.events import (
     PartialDone,
     Pause,
     PersistRecord,
+    PullIncomplete,
     PullRegions,
+    Quorums,
     RecordPersisted,
     RecordStored,
     RegionDiverged,
@@ -56,6 +62,8 @@ from engine.events import (
     ResizeReplica,
     ResyncBegun,
     ResyncEnded,
+    Retarget,
+    SetLease,
     SetMembers,
     SetPartialWait,
     SetReaders,
@@ -71,16 +79,34 @@ from engine.events import (
     TimerFired,
     TimerKind,
 )
-from engine.membership import MayOpen, decide_open
+from engine.membership import Hints, MayOpen, decide_open
+from engine.opening import Grant, VolumeSpec
 from engine.replica_entry import ReplicaEntry
-from engine.volume import Volume, VolumeSpec
+from engine.volume import Volume
 from protocol.frames import Status
+from protocol.limits import READ_LEASE_S
 from protocol.membership import MembershipRecord
 
 GIB = 1024**3
 Half = tuple[int, int]  # region, half of its block
 Halves = tuple[Half, ...]
 Stamp = tuple[int, int]
+
+ENGINE_STATE = (
+    "epoch",
+    "calls",
+    "inbox",
+    "wanted_record",
+    "wanted_opens",
+    "timers",
+    "lease_over_s",
+    "replies",
+    "log",
+    "loop",
+    "connected",
+    "volume",
+    "exit_code",
+)
 
 CALLS: dict[type, Call] = {
     Claim: Call.CLAIM,
@@ -112,6 +138,7 @@ class SimReplica:
     suspect: bool = False
     opens: int = 1
     restored: bool = False
+    closed: bool = False  # its epoch ended with a clean detach
     state: str = "open"
     content: dict[Half, int] = field(default_factory=dict)
     stable: dict[Half, int] = field(default_factory=dict)  # what a power loss leaves
@@ -121,6 +148,8 @@ class SimReplica:
     last_write: dict[int, int] = field(default_factory=dict)
     fresh: dict[int, bool] = field(default_factory=dict)  # the begin_resync set
     process: int = 1
+    rotten: set[int] = field(default_factory=set)  # regions with a block that verifies nowhere here
+    lost: set[int] = field(default_factory=set)  # regions taken as damaged
 
     def report(self) -> ReplicaReport:
         return ReplicaReport(
@@ -135,6 +164,7 @@ class SimReplica:
             reason="" if self.state == "open" else "injected",
             opens=self.opens,
             restored=self.restored,
+            closed=self.closed,
         )
 
     def mark(self, region: int) -> None:
@@ -201,7 +231,10 @@ class SimLoop:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
+        self.epoch = cluster.epoch
         self.links: dict[int, Link] = {}
+        self.lease: Quorums = ()
+        self.heard_s: dict[int, float] = {}  # when the newest frame that a slot answered was sent
         self.generation = 0
         self.members: tuple[int, ...] = ()
         self.readers: tuple[int, ...] = ()
@@ -233,8 +266,32 @@ class SimLoop:
     def detach(self, slot: int) -> Link | None:
         return self.links.pop(slot, None)
 
+    def answers(self, slot: int) -> bool:
+        """Whether a frame to this slot is answered: a replica checks the epoch when it applies."""
+        replica = self.cluster.replicas[slot]
+        return slot in self.links and replica.alive and replica.epoch == self.epoch
+
+    def renew(self) -> None:
+        """A LEASE frame to everybody who is connected is sent, and answered at once."""
+        self.heard_s.update({slot: self.cluster.now_s for slot in self.links if self.answers(slot)})
+
+    def lease_holds(self) -> bool:
+        fresh = {slot for slot, at_s in self.heard_s.items() if self.cluster.now_s - at_s < READ_LEASE_S}
+        return bool(self.lease) and all(len(fresh & set(slots)) >= need for slots, need in self.lease)
+
+    def readable(self, half: Half) -> set[int]:
+        """What a client may be told now that the half holds: the readers' answers. A read stands behind the
+        writes sent before it, and is answered when all members have those that it met (C9)."""
+        if not self.lease_holds() or half[0] in self.unequal:
+            return set()
+        if any(half in write.halves for write in self.writes):
+            return set()
+        return {self.cluster.replicas[s].content.get(half, 0) for s in self.readers if self.answers(s)}
+
     def deliver(self, slot: int) -> None:
         """The oldest frame of a link is applied and answered."""
+        if not self.answers(slot):
+            return
         link = self.links[slot]
         replica = self.cluster.replicas[slot]
         write_id = link.queue.pop(0)
@@ -277,6 +334,9 @@ class SimLoop:
                     self.detach(slot)
             case SetMembers(slots):
                 self.members = slots
+            case SetLease(quorums):
+                assert all(0 < need <= len(slots) for slots, need in quorums)
+                self.lease = quorums
             case SetReaders(slots):
                 assert set(slots) <= set(self.members), "who serves reads is a member"
                 self.readers = slots
@@ -311,13 +371,23 @@ class Cluster:
         self.ids = tuple(replica.id for replica in self.replicas)
         self.stored = MembershipRecord(0, 0, frozenset(self.ids))
         self.store_alive = True
-        self.epoch = 0
+        self.epoch = 0  # of the engine that acts
+        self.granted = 0  # the newest epoch
+        self.now_s = 0.0
+        self.asleep: list[dict[str, Any]] = []  # engines that are stopped, and do not know that time passes
+        self.out_of_reach: set[int] = set()  # slots that the newest engine can't connect to
+        self.hints = Hints()
+        self.distrusted_epoch = 0
+        self.forked: frozenset[str] = frozenset()
         self.size_bytes = GIB
         self.written: dict[int, Halves] = {}  # by write id
         self.acked: dict[Half, int] = {}  # the newest acknowledged write of each half
         self.sessions = [0] * count
         self.exit_codes: list[int] = []
         self.started = False
+        self.copied_halves = 0  # by pulls
+        self.backed_off: set[int] = set()  # slots that are tried again later, being what they are
+        self.fail_pulls_from: set[int] = set()  # slots that no target can read from
         if start:
             self.start_engine()
 
@@ -326,18 +396,23 @@ class Cluster:
     def start_engine(self) -> None:
         """The daemon grants the next epoch and starts an engine."""
         assert self.store_alive, "an epoch is granted by the state store"
-        self.epoch += 1
+        self.granted += 1
+        self.epoch = self.granted
         self.calls: list[ReplicaCall] = []
         self.inbox: list[Event] = []
         self.wanted_record: MembershipRecord | None = None
+        self.wanted_opens: tuple[tuple[str, int], ...] = ()
         self.timers: list[Timer] = []
+        self.lease_over_s = 0.0
         self.replies: dict[int, object] = {}
         self.log: list[Log] = []
         self.loop = SimLoop(self)
         self.loop.last_id = len(self.written)
         self.connected: dict[int, int] = {}  # slot -> session
         self.granted_record = self.stored
-        self.volume = Volume(VolumeSpec("v", "v", self.size_bytes, self.epoch, self.stored, self.ids))
+        grant = Grant(predecessor_ended=not self.asleep, hints=self.hints, forked=self.forked)
+        spec = VolumeSpec("v", "v", self.size_bytes, self.epoch, self.stored, self.ids, grant=grant)
+        self.volume = Volume(spec)
         self.exit_code: int | None = None
         self.tell(Started())
         self.tell(StoreUp())
@@ -353,9 +428,13 @@ class Cluster:
         match action:
             case Log():
                 self.log.append(action)
-            case StartTimer(timer, _):
+            case StartTimer(timer, delay_s):
+                if timer.kind is TimerKind.LEASE:
+                    self.lease_over_s = self.now_s + delay_s
                 self.timers = [t for t in self.timers if (t.kind, t.slot) != (timer.kind, timer.slot)]
                 self.timers.append(timer)
+            case Retarget():
+                pass
             case Reply(request, error):
                 self.replies[request] = error
             case Stop(exit_code):
@@ -365,11 +444,13 @@ class Cluster:
                 self.inbox.clear()
                 self.connected.clear()
                 self.wanted_record = None
-            case StoreRecord(record):
-                self.wanted_record = record
+            case StoreRecord(record, opens):
+                self.wanted_record, self.wanted_opens = record, opens
             case CloseSession(slot, session, _):
                 if self.connected.get(slot) == session:
                     del self.connected[slot]
+                if self.replicas[slot].state != "open":
+                    self.backed_off.add(slot)
                 self.calls = [c for c in self.calls if (c.slot, c.session) != (slot, session)]
             case (
                 Claim()
@@ -398,6 +479,40 @@ class Cluster:
         self.loop.members = self.loop.readers = ()
         self.connected.clear()
 
+    def stop_engine(self) -> None:
+        """SIGSTOP: it does nothing, and nobody tells it anything, until ``as_sleeper``."""
+        assert self.running
+        self.asleep.append({name: getattr(self, name) for name in ENGINE_STATE})
+        self.exit_code = -19
+
+    @contextmanager
+    def as_sleeper(self, number: int = -1) -> Iterator[None]:
+        """SIGCONT: what is done in here, this older engine does. Then it is stopped again, or has ended."""
+        newer = {name: getattr(self, name) for name in ENGINE_STATE}
+        older = self.asleep[number]
+        for name in ENGINE_STATE:
+            setattr(self, name, older[name])
+        try:
+            yield
+        finally:
+            older.update({name: getattr(self, name) for name in ENGINE_STATE})
+            for name in ENGINE_STATE:
+                setattr(self, name, newer[name])
+            if older["exit_code"] is not None:
+                older["loop"].links.clear()
+                self.asleep.remove(older)
+
+    def lock_out_sleepers(self, slot: int) -> None:
+        """A claim, or the end of the process, closes the sessions of older engines."""
+        for older in self.asleep:
+            link = older["loop"].detach(slot)
+            if link is not None:
+                older["inbox"].append(LinkDown(slot, link.generation, "the replica closed it"))
+            session = older["connected"].pop(slot, None)
+            older["calls"] = [call for call in older["calls"] if call.slot != slot]
+            if session is not None:
+                older["inbox"].append(ReplicaDown(slot, session, "the replica closed it"))
+
     @property
     def running(self) -> bool:
         return self.exit_code is None
@@ -409,6 +524,11 @@ class Cluster:
 
     def entry(self, replica_id: str) -> ReplicaEntry:
         return self.volume.entries[self.ids.index(replica_id)]
+
+    def put_new_replica(self, slot: int, replica_id: str) -> None:
+        """A blank one in the place of another; the daemon's next grant names it."""
+        self.replicas[slot] = SimReplica(slot, replica_id)
+        self.ids = tuple(replica.id for replica in self.replicas)
 
     def connect(self, slot: int) -> None:
         """The engine's connection attempt succeeds."""
@@ -426,6 +546,31 @@ class Cluster:
         else:
             replica.lose_process()
         self.cut(replica_id, reason="connection reset")
+        self.lock_out_sleepers(replica.slot)
+
+    def photograph(self, replica_id: str) -> SimReplica:
+        """A copy of its directory."""
+        return deepcopy(self.replica(replica_id))
+
+    def put_back(self, photo: SimReplica, *, in_place: bool = False) -> None:
+        """The directory becomes what it was. ``in_place``: without new files, so that only its count of opens
+        can tell."""
+        slot = photo.slot
+        self.kill(photo.id)
+        old, new = self.replicas[slot], deepcopy(photo)
+        assert not in_place or photo.opens + 1 < old.opens
+        new.lose_process()
+        new.process = old.process
+        new.restored = new.restored or not in_place
+        new.doubtful = new.dirty | new.stamps.keys()
+        self.replicas[slot] = new
+
+    def put_back_store(self, stored: MembershipRecord) -> None:
+        """The state store becomes what it was, and the daemon finds out."""
+        assert not self.running
+        self.stored = stored
+        self.distrusted_epoch = self.granted
+        self.hints = Hints({}, True, None)
 
     def forget_lost_writes(self) -> None:
         """An acknowledged, unflushed write that this machine alone held is gone, and that is the contract."""
@@ -494,7 +639,14 @@ class Cluster:
         record = self.wanted_record
         assert record is not None and self.store_alive
         self.wanted_record = None
+        if record.epoch != self.granted:
+            self.inbox.append(Fenced("the state store"))
+            return
         self.stored = max(self.stored, record, key=lambda r: r.stamp)
+        opens = {**self.hints.opens, **dict(self.wanted_opens)}
+        distrust = self.hints.distrust_store and record.epoch <= self.distrusted_epoch
+        self.hints = Hints(opens, distrust, None)
+        self.forked -= record.in_sync
         self.inbox.append(RecordStored(record.stamp))
 
     # What is under way
@@ -554,9 +706,11 @@ class Cluster:
                 if replica.epoch > self.epoch:
                     return "stale_epoch"
                 if replica.epoch < self.epoch:
+                    self.lock_out_sleepers(slot)
                     replica.doubtful = set(replica.dirty)
                     replica.fresh.clear()
                 replica.epoch = self.epoch
+                replica.closed = False
                 return Claimed(slot, session, replica.report())
             case AttachLink(mode=mode):
                 generation = self.loop.attach(slot, mode)
@@ -576,7 +730,9 @@ class Cluster:
                     replica.doubtful.add(region)
                 return ResyncBegun(slot, session)
             case PullRegions(source=source, regions=regions):
-                return self._pull(replica, self.replicas[source], slot, session, regions)
+                if source in self.fail_pulls_from:
+                    return "unreachable"
+                return self._pull_whole(replica, self.replicas[source], call)
             case EndResync():
                 replica.flush()
                 replica.fresh.clear()
@@ -594,7 +750,22 @@ class Cluster:
                 replica.dirty.clear()
                 replica.doubtful.clear()
                 replica.suspect = replica.restored = False
+                replica.closed = True
                 return Cleaned(slot, session)
+
+    def _pull_whole(self, replica: SimReplica, source: SimReplica, call: PullRegions) -> Event | str:
+        """What is damaged at the source is left as it is, or taken so if the call says it."""
+        rotten = source.rotten.intersection(call.regions)
+        whole = tuple(region for region in call.regions if region not in rotten)
+        answer = self._pull(replica, source, call.slot, call.session, whole)
+        if isinstance(answer, str) or not rotten:
+            return answer
+        if not call.take_damaged:
+            return PullIncomplete(call.slot, call.session, call.source, call.regions, 4096)
+        for region in rotten:
+            replica.fresh.pop(region, None)
+            replica.lost.add(region)
+        return RegionsPulled(call.slot, call.session, call.regions, 4096, len(rotten))
 
     def _pull(
         self, replica: SimReplica, source: SimReplica, slot: int, session: int, regions: tuple[int, ...]
@@ -605,7 +776,9 @@ class Cluster:
             # A region that left the set is copied with nothing tracked, as badly as the contract allows.
             if not replica.fresh.pop(region, False):
                 for half in ((region, 0), (region, 1)):
-                    replica.content[half] = source.content.get(half, 0)
+                    theirs = source.content.get(half, 0)
+                    self.copied_halves += replica.content.get(half, 0) != theirs
+                    replica.content[half] = theirs
         return RegionsPulled(slot, session, regions, 4096)
 
     def run_event(self, index: int = 0) -> None:
@@ -613,6 +786,8 @@ class Cluster:
 
     def fire(self, kind: TimerKind) -> None:
         due = [timer for timer in self.timers if timer.kind is kind]
+        if due and kind is TimerKind.LEASE:
+            self.now_s = max(self.now_s, self.lease_over_s)
         self.timers = [timer for timer in self.timers if timer.kind is not kind]
         for timer in due:
             self.tell(TimerFired(timer))
@@ -644,12 +819,23 @@ class Cluster:
         return 0
 
     def _connectable(self) -> list[int]:
-        return [r.slot for r in self.replicas if r.alive and r.slot not in self.connected]
+        self.backed_off = {slot for slot in self.backed_off if self.replicas[slot].state != "open"}
+        return [
+            r.slot
+            for r in self.replicas
+            if r.alive and self.can_connect(r.slot) and r.slot not in self.backed_off
+        ]
+
+    def can_connect(self, slot: int) -> bool:
+        cut_off = self.epoch == self.granted and slot in self.out_of_reach
+        return slot not in self.connected and not cut_off
 
     def open(self) -> None:
         """From a new engine to one that serves, with whoever is there."""
         self.settle()
         self.fire(TimerKind.STRAGGLERS)
+        self.settle()
+        self.fire(TimerKind.LEASE)
         self.settle()
 
     # What must always hold
@@ -664,7 +850,7 @@ class Cluster:
         every acknowledged write (C7, C13)."""
         for reachable in _subsets(self.replicas):
             reports = {replica.id: replica.report() for replica in reachable}
-            decision = decide_open(self.stored, reports, self.ids)
+            decision = decide_open(self.stored, reports, self.ids, self.hints)
             if not isinstance(decision, MayOpen):
                 continue
             for member in decision.members:
@@ -693,9 +879,26 @@ class Cluster:
             assert len(found) == 1, f"{half} reads as {found}"
             assert found.pop() >= self.acked.get(half, 0), f"{half} lost an acknowledged write"
 
+    def check_no_stale_read(self) -> None:
+        """Whatever any engine may tell a client now, paused or not, is no older than what was acknowledged or
+        told by any (C11, C9)."""
+        loops = [self.loop] if self.running else []
+        for loop in [*loops, *(older["loop"] for older in self.asleep)]:
+            for half, newest in self.acked.items():
+                for said in loop.readable(half):
+                    assert said >= newest, f"epoch {loop.epoch} reads {half} as {said}, newest is {newest}"
+
+    def read(self, half: Half) -> bool:
+        """A client is told what a half holds. From then on it stays so, or is overwritten."""
+        said = self.loop.readable(half)
+        for value in said:
+            self.acked[half] = max(self.acked.get(half, 0), value)
+        return bool(said)
+
     def check(self) -> None:
         self.check_no_open_loses_a_write()
         self.check_reads()
+        self.check_no_stale_read()
 
 
 def _subsets(items: list[SimReplica]) -> Iterable[tuple[SimReplica, ...]]:

@@ -13,10 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.events import Event, PullRegions, TimerKind
 from engine.phase import VolumePhase
 from protocol.frames import Status
-from tests.engine.simulation import Cluster
+from protocol.membership import MembershipRecord
+from tests.engine.simulation import Cluster, SimReplica
 
 REGIONS = 4
 HEAL_ROUNDS_MAX = 30
+OPEN_TIMERS = (TimerKind.STRAGGLERS, TimerKind.LEASE)
 
 slots = st.integers(0, 4)
 picks = st.integers(0, 30)
@@ -34,6 +36,9 @@ def stream(event: Event) -> str:
 
 
 class VolumeMachine(RuleBasedStateMachine):
+    photo: SimReplica | None = None
+    stored_once: MembershipRecord | None = None
+
     @initialize(count=st.sampled_from([3, 3, 3, 2, 5]), opened=st.booleans())
     def begin(self, count: int, opened: bool) -> None:
         self.cluster = Cluster(count)
@@ -69,7 +74,7 @@ class VolumeMachine(RuleBasedStateMachine):
         call = calls[index]
         assert isinstance(call, PullRegions)
         replica, source = self.cluster.replicas[call.slot], self.cluster.replicas[call.source]
-        half = call.regions[: len(call.regions) // 2]
+        half = tuple(call.regions)[: len(call.regions) // 2]
         if replica.alive and source.alive and replica.epoch == source.epoch:
             self.cluster._pull(replica, source, call.slot, call.session, half)
         self.cluster.run_call(index, fail="source_failed")
@@ -110,13 +115,60 @@ class VolumeMachine(RuleBasedStateMachine):
     @rule(slot=slots)
     def connection_is_made(self, slot: int) -> None:
         at = self.slot(slot)
-        if self.cluster.running and self.cluster.replicas[at].alive and at not in self.cluster.connected:
+        if self.cluster.running and self.cluster.replicas[at].alive and self.cluster.can_connect(at):
             self.cluster.connect(at)
 
-    @rule(kind=st.sampled_from([TimerKind.STRAGGLERS, TimerKind.PULL_RETRY, TimerKind.STABLE]))
+    @rule(kind=st.sampled_from([*OPEN_TIMERS, TimerKind.PULL_RETRY, TimerKind.STABLE]))
     def time_passes(self, kind: TimerKind) -> None:
         if self.cluster.running:
             self.cluster.fire(kind)
+
+    @rule(seconds=st.sampled_from([0.3, 0.6, 1.2]))
+    def the_clock_moves(self, seconds: float) -> None:
+        self.cluster.now_s += seconds
+
+    @rule()
+    def lease_is_renewed(self) -> None:
+        if self.cluster.running:
+            self.cluster.loop.renew()
+
+    @rule(region=st.integers(0, REGIONS - 1), half=st.integers(0, 1))
+    def client_reads(self, region: int, half: int) -> None:
+        if self.cluster.running:
+            self.cluster.loop.renew()
+            self.cluster.read((region, half))
+
+    # An older engine that was stopped
+
+    @rule()
+    def engine_is_stopped(self) -> None:
+        if self.cluster.running and len(self.cluster.asleep) < 2:
+            self.cluster.stop_engine()
+
+    @precondition(lambda self: self.cluster.asleep)
+    @rule(steps=st.integers(0, 20), region=st.integers(0, REGIONS - 1), connect=st.booleans())
+    def stopped_engine_wakes_for_a_moment(self, steps: int, region: int, connect: bool) -> None:
+        cluster = self.cluster
+        left = iter(range(steps))
+        with cluster.as_sleeper():
+            cluster.loop.renew()
+            cluster.read((region, 0))
+            if cluster.volume.phase is VolumePhase.SERVING and len(cluster.loop.writes) < 4:
+                cluster.write(region)
+            cluster.settle(connect=connect, until=lambda: next(left, None) is None)
+            if cluster.running:
+                cluster.loop.renew()
+                cluster.check()
+
+    @rule(slot=slots)
+    def newest_engine_is_cut_off(self, slot: int) -> None:
+        self.cluster.out_of_reach = {self.slot(slot)}
+        if self.cluster.running:
+            self.cluster.cut(self.cluster.ids[self.slot(slot)])
+
+    @rule()
+    def newest_engine_reaches_all(self) -> None:
+        self.cluster.out_of_reach.clear()
 
     # Things fail
 
@@ -134,10 +186,47 @@ class VolumeMachine(RuleBasedStateMachine):
             return
         ledger, up = cluster.volume.ledger, cluster.volume.members_up()
         others = [entry for entry in up if entry.slot in cluster.loop.links and entry.slot != 0]
-        if any(replica.suspect for replica in cluster.replicas):
+        if any(replica.suspect or replica.restored for replica in cluster.replicas) or cluster.asleep:
             return
         if ledger.opened and ledger.proposed is None and others and len(up) == len(ledger.committed.in_sync):
             cluster.kill("A", power=True)
+
+    @rule(slot=slots)
+    def directory_is_copied(self, slot: int) -> None:
+        self.photo = self.cluster.photograph(self.cluster.ids[self.slot(slot)])
+
+    @precondition(lambda self: self.photo is not None)
+    @rule(in_place=st.booleans())
+    def directory_is_put_back(self, in_place: bool) -> None:
+        # One at a time, and while another member has all that is lost here. Of two the operator decides.
+        cluster, photo = self.cluster, self.photo
+        assert photo is not None
+        ledger = cluster.volume.ledger
+        if not cluster.running or ledger is None or not ledger.opened or ledger.proposed is not None:
+            return
+        others = [entry for entry in cluster.volume.members_up() if entry.id != photo.id]
+        uncertain = any(replica.suspect or replica.restored for replica in cluster.replicas)
+        if not others or uncertain or cluster.hints.distrust_store or cluster.asleep or photo.suspect:
+            return
+        if cluster.volume.reconcile is not None or cluster.loop.unequal:
+            return
+        in_place = in_place and photo.opens + 1 < cluster.hints.opens.get(photo.id, 0)
+        cluster.put_back(photo, in_place=in_place)
+        self.photo = None
+
+    @rule()
+    def state_store_is_copied(self) -> None:
+        self.stored_once = self.cluster.stored
+
+    @precondition(lambda self: self.stored_once is not None)
+    @rule()
+    def state_store_is_put_back(self) -> None:
+        cluster = self.cluster
+        stored = self.stored_once
+        assert stored is not None
+        uncertain = any(replica.suspect or replica.restored for replica in cluster.replicas)
+        if not cluster.running and not uncertain and cluster.store_alive:
+            cluster.put_back_store(stored)
 
     @rule(slot=slots)
     def replica_is_started(self, slot: int) -> None:
@@ -152,7 +241,7 @@ class VolumeMachine(RuleBasedStateMachine):
         if self.cluster.running and self.slot(slot) in self.cluster.loop.links:
             replica = self.cluster.replicas[self.slot(slot)]
             if status is Status.IO_ERROR:
-                if any(other.suspect for other in self.cluster.replicas):
+                if any(other.suspect or other.restored for other in self.cluster.replicas):
                     return  # two disks that lie are beyond the contract
                 replica.suspect = True
             self.cluster.fail_write(replica.id, status)
@@ -198,6 +287,7 @@ class VolumeMachine(RuleBasedStateMachine):
 
     def heal(self) -> None:
         cluster = self.cluster
+        cluster.out_of_reach.clear()
         for replica in cluster.replicas:
             replica.alive = True
         if not cluster.store_alive:
@@ -207,7 +297,7 @@ class VolumeMachine(RuleBasedStateMachine):
                 cluster.start_engine()
             cluster.settle()
             cluster.check()
-            for kind in (TimerKind.STRAGGLERS, TimerKind.PULL_RETRY):
+            for kind in (*OPEN_TIMERS, TimerKind.PULL_RETRY):
                 if cluster.running:
                     cluster.fire(kind)
             if cluster.running and all(entry.in_sync for entry in cluster.volume.entries):
@@ -216,7 +306,7 @@ class VolumeMachine(RuleBasedStateMachine):
         cluster.check()
         volume = cluster.volume
         states = [f"{e.id} {e.state.value} {e.reason}" for e in volume.entries if not e.in_sync]
-        assert not states, f"{states} {volume.must_wait} {cluster.exit_codes} {cluster.stored}"
+        assert not states, f"{states} {volume.opening.must_wait} {cluster.exit_codes} {cluster.stored}"
         assert volume.phase is VolumePhase.SERVING
         assert volume.reconcile is None and not cluster.loop.unequal and not cluster.loop.partial_wait
         assert not cluster.loop.writes, "every write is acknowledged in the end"

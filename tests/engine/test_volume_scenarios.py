@@ -326,8 +326,8 @@ def test_an_open_waits_while_the_missing_members_could_know_better() -> None:
     cluster.start_engine()
     cluster.open()
     assert cluster.volume.phase is VolumePhase.INSPECTING
-    assert cluster.volume.must_wait is not None
-    assert cluster.volume.must_wait.waiting_for == {"B", "C"}
+    assert cluster.volume.opening.must_wait is not None
+    assert cluster.volume.opening.must_wait.waiting_for == {"B", "C"}
     cluster.start("B")
     cluster.settle()
     assert cluster.volume.phase is VolumePhase.SERVING
