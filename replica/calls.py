@@ -19,6 +19,7 @@ from protocol.membership import MembershipRecord, parse_record
 from protocol.regions import REGIONS_MAX, pack_regions, unpack_regions
 from replica.disk import is_volume_id
 from replica.replicas import Replica, Replicas
+from replica.scrubber import parse_action
 
 log = logging.getLogger("dolmen.replica")
 
@@ -72,6 +73,12 @@ class Args:
         value = self._take("name")
         if not isinstance(value, str) or len(value) > NAME_CHARS_MAX or not _NAME.match(value):
             raise BadRequest(reason=f"name is not lower case letters, digits and -, at most {NAME_CHARS_MAX}")
+        return value
+
+    def text(self, name: str) -> str:
+        value = self._take(name)
+        if not isinstance(value, str):
+            raise BadRequest(reason=f"{name} is not a text")
         return value
 
     def epoch(self, *, least: int = 1) -> int:
@@ -136,6 +143,8 @@ class Calls:
             "server.status": self._status,
             "replica.pull_regions": self._pull_regions,
             "replica.verify": self._verify,
+            "replica.scrub": self._scrub,
+            "replica.damaged": self._damaged,
             "replica.stats": self._stats,
         }
 
@@ -264,8 +273,31 @@ class Calls:
         await self.finish(replica.prepare_verify(), "prepare verify")
         return await replica.verify(first_region=first_region, region_count=region_count)
 
+    async def _scrub(self, args: Args) -> dict[str, Any]:
+        action = parse_action(args.text("action"))
+        rate_bytes_s = args.integer("rate_bytes_s", least=0, most=RATE_BYTES_S_MAX, missing=0)
+        replica = self._only_replica(args)
+        scrubber = self._replicas.scrubber
+        if action == "status":
+            return await scrubber.status(replica)
+        await self.finish(replica.prepare_verify(), "prepare scrub")
+        if action == "stop":
+            work = scrubber.stop(replica)
+        else:
+            work = scrubber.start(replica, rate_bytes_s=rate_bytes_s)
+        status: dict[str, Any] = await self.finish(work, f"{action} scrub")
+        return status
+
+    async def _damaged(self, args: Args) -> dict[str, Any]:
+        check = args.flag("check")
+        replica = self._only_replica(args)
+        if check:
+            await self.finish(replica.prepare_verify(), "prepare check")
+        return await self._replicas.scrubber.damaged(replica, check=check)
+
     async def _stats(self, args: Args) -> dict[str, int]:
-        return await self._only_replica(args).stats()
+        replica = self._only_replica(args)
+        return {**await replica.stats(), **self._replicas.scrubber.stats(replica.volume_id)}
 
     def _only_replica(self, args: Args) -> Replica:
         """The replica of ``volume_id``, which is the last argument left. Raises ReplicaNotFound."""

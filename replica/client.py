@@ -71,8 +71,10 @@ class ReplicaClient:
     async def inspect(self, volume_id: str) -> dict[str, Any]:
         return await self._call("replica.inspect", volume_id=volume_id)
 
-    async def claim(self, volume_id: str, *, epoch: int, engine_id: str) -> dict[str, Any]:
-        return await self._call("replica.claim", volume_id=volume_id, epoch=epoch, engine_id=engine_id)
+    async def claim(self, volume_id: str, *, epoch: int, engine_id: str, opens: int = 0) -> dict[str, Any]:
+        return await self._call(
+            "replica.claim", volume_id=volume_id, epoch=epoch, engine_id=engine_id, opens=opens
+        )
 
     async def persist_record(self, volume_id: str, *, epoch: int, record: MembershipRecord) -> None:
         await self._call("replica.persist_record", volume_id=volume_id, epoch=epoch, record=record.to_wire())
@@ -130,6 +132,16 @@ class ReplicaClient:
             volume_id=volume_id,
             first_region=first_region,
             region_count=region_count,
+        )
+
+    async def scrub(self, volume_id: str, action: str, *, rate_bytes_s: int = 0) -> dict[str, Any]:
+        return await self._call(
+            "replica.scrub", volume_id=volume_id, action=action, rate_bytes_s=rate_bytes_s
+        )
+
+    async def damaged(self, volume_id: str, *, check: bool = False) -> dict[str, Any]:
+        return await self._call(
+            "replica.damaged", timeout_s=VERIFY_TIMEOUT_S, volume_id=volume_id, check=check
         )
 
     async def stats(self, volume_id: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from replica.disk import Disk
 from replica.io_path import Event, IoPath
 from replica.metadata import NEVER_SYNCED, ReplicaMeta, read_meta, write_meta
 from replica.peer import Pulls
+from replica.scrubber import Scrubber
 
 log = logging.getLogger("dolmen.replica")
 
@@ -88,7 +89,16 @@ assert _NEXT.keys() == set(ReplicaState)  # a new state must say where it may go
 class Replica:
     """One replica of this disk."""
 
-    def __init__(self, volume_id: str, path: str, io: IoPath, pulls: Pulls, *, boot_id: str) -> None:
+    def __init__(
+        self,
+        volume_id: str,
+        path: str,
+        io: IoPath,
+        pulls: Pulls,
+        *,
+        boot_id: str,
+        on_open: Callable[[], None] = lambda: None,
+    ) -> None:
         self.volume_id = volume_id
         self.path = path
         self.state = ReplicaState.OPENING
@@ -102,6 +112,7 @@ class Replica:
         self._io = io
         self._pulls = pulls
         self._boot_id = boot_id
+        self._on_open = on_open
         self._reopen_after_s = 0.0
         self._lock = asyncio.Lock()
 
@@ -111,6 +122,24 @@ class Replica:
         log.info("replica state changed volume=%s was=%s now=%s reason=%s",
                  self.volume_id, self.state.value, to.value, reason)  # fmt: skip
         self.state, self.reason = to, reason
+
+    # -- what is known of it; without metadata it has no size and no layers
+
+    @property
+    def is_open(self) -> bool:
+        return self.state is ReplicaState.OPEN
+
+    @property
+    def replica_id(self) -> str:
+        return self.meta.replica_id if self.meta else ""
+
+    @property
+    def size_bytes(self) -> int:
+        return self.meta.size_bytes if self.meta else 0
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        return self.meta.chain if self.meta else ()
 
     # -- opening and closing
 
@@ -149,6 +178,7 @@ class Replica:
                      self.volume_id, self.meta.opens, self.meta.suspect, self.meta.restored,
                      " ".join(f"{key}={value}" for key, value in found.items()))  # fmt: skip
             self.transition(ReplicaState.OPEN)
+            self._on_open()
 
     async def _find_doubtful(self, meta: ReplicaMeta) -> set[int]:
         """See epoch.regions_completed. A copy may be wrong wherever anything was ever written."""
@@ -507,6 +537,7 @@ class Replicas:
         self._spawn = spawn
         self._by_volume: dict[str, Replica] = {}
         self._create_lock = asyncio.Lock()
+        self.scrubber = Scrubber(io, lambda: list(self._by_volume.values()))
         io.on_events(self._on_event)
 
     async def load(self) -> None:
@@ -534,6 +565,7 @@ class Replicas:
 
     async def close_all(self) -> None:
         """Flush and close every replica, then the data plane."""
+        await self.scrubber.save_all()
         replicas = list(self._by_volume.values())
         results = await asyncio.gather(*(replica.close() for replica in replicas), return_exceptions=True)
         for replica, result in zip(replicas, results, strict=True):
@@ -614,12 +646,17 @@ class Replicas:
         }
 
     async def inspect(self, replica: Replica) -> dict[str, Any]:
-        return {**await replica.inspect(), "boot_id": self.boot_id, "process_id": self.process_id}
+        return {
+            **await replica.inspect(),
+            "damaged_count": self.scrubber.damaged_count(replica.volume_id),
+            "boot_id": self.boot_id,
+            "process_id": self.process_id,
+        }
 
     def _add(self, volume_id: str) -> Replica:
         pulls = Pulls(self._io, key=self._key, server_id=f"replica-server/{self.process_id}")
         path = self.disk.replica_path(volume_id)
-        replica = Replica(volume_id, path, self._io, pulls, boot_id=self.boot_id)
+        replica = Replica(volume_id, path, self._io, pulls, boot_id=self.boot_id, on_open=self.scrubber.wake)
         self._by_volume[volume_id] = replica
         return replica
 
@@ -641,5 +678,6 @@ class Replicas:
                     self._spawn(replica.note_store_failed(str(reason)), f"store failed {volume_id}")
             case ("block_damaged", str(volume_id), int(block_index)):
                 log.error("block damaged volume=%s block=%d", volume_id, block_index)
+                self.scrubber.note_damaged(volume_id, block_index)
             case _:
                 log.error("unknown event from the data plane: %r", event)

@@ -77,6 +77,8 @@ class ReplicaServer:
                     tasks.create_task(self.replicas.open_all(), name="open replicas"),
                     tasks.create_task(self._accept(tasks), name="accept"),
                 ]
+                # Not a part: if it fails by a bug, that is logged, and the data goes on being served.
+                self._spawn(self.replicas.scrubber.run(), "scrub")
                 ready()
                 await stop.wait()
                 for task in (*parts, *self._connections):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import ReplicaDamaged, ReplicaNotFound, StaleEpoch, StorageError
+from protocol.limits import REGION_BLOCKS
 from replica.disk import to_storage_error
 from replica.io_path import Event
 from replica.metadata import LAYER_NAME_CHARS_MAX
@@ -26,6 +27,7 @@ class FakeIo:
         self.fail: dict[str, StorageError] = {}  # by method name, once
         self.stores: dict[str, dict[str, Any]] = {}
         self.dirty: dict[str, set[int]] = {}  # survives closing, like the disk
+        self.damaged: set[int] = set()  # blocks that do not verify
         self.deliver: Callable[[Event], None] = lambda event: None
         self.descriptors: dict[int, int] = {}
         self._next_session = 1
@@ -128,7 +130,15 @@ class FakeIo:
 
     async def verify(self, volume_id: str, *, first_region: int, region_count: int) -> dict[str, Any]:
         self._note("verify", volume_id, first_region, region_count)
-        return {"blocks_verified": 0, "blocks_zero": 0, "damaged": [], "damaged_count": 0, "digest": 7}
+        blocks = range(first_region * REGION_BLOCKS, (first_region + region_count) * REGION_BLOCKS)
+        damaged = sorted(self.damaged.intersection(blocks))
+        return {
+            "blocks_verified": 0,
+            "blocks_zero": 0,
+            "damaged": damaged,
+            "damaged_count": len(damaged),
+            "digest": 7,
+        }
 
     async def stats(self, volume_id: str) -> dict[str, int]:
         self._store(volume_id)

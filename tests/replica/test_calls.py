@@ -50,6 +50,7 @@ def test_a_created_replica_says_what_the_contract_says(play_calls: Play) -> None
             "suspect": False,
             "restored": False,
             "opens": 1,
+            "damaged_count": 0,
             "dirty_count": 0,
             "data_sessions": 0,
             "state": "open",

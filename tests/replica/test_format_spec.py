@@ -15,6 +15,7 @@ from replica import disk, metadata
 from replica.checksum import xxh3_64
 from replica.metadata import ReplicaMeta, encode_meta
 from replica.replicas import FIRST_LAYER
+from replica.scrub_file import SCRUB_NAME, SCRUB_TMP_NAME
 from tests.protocol.test_spec import evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -244,7 +245,7 @@ def test_a_real_stores_files_are_the_documented_ones(store: Path) -> None:
     assert drawing
     drawn = {line.split()[0].replace("<layer>", FIRST_LAYER) for line in drawing[1].splitlines()}
     real = {str(path.relative_to(store)) for path in store.rglob("*") if path.is_file()}
-    assert drawn - {metadata.FILE_NAME, metadata.TMP_NAME} == real
+    assert drawn - {metadata.FILE_NAME, metadata.TMP_NAME, SCRUB_NAME, SCRUB_TMP_NAME} == real
     assert (store / "lock").read_bytes() == b""
     parts = strides()
     superblock_bytes, group_bytes = parts["superblock"][1], parts["group g"][1]
