@@ -195,6 +195,14 @@ class Incident:
         self.wait_for(f"{replica} out of the record", lambda: replica not in self.in_sync())
         return self.show()
 
+    def wait_for_another_server(self, replica: str, dead: int) -> None:
+        """The daemon starts one by itself."""
+
+        def started() -> bool:
+            return self.dolmen.replica_pids(self.name).get(replica, dead) != dead
+
+        self.wait_for(f"another server of {replica}", started)
+
     def wait_for_waiting(self, workload: Workload) -> None:
         """Requests wait, and none is answered."""
         self.wait_for("the engine waiting", lambda: self.engine_state() == "waiting")
