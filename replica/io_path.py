@@ -34,8 +34,6 @@ from replica.disk import to_storage_error
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_SIGNATURE = getattr(_dataplane.ReplicaLoop.pull_regions, "__text_signature__", "")
-
 SHORT_THREADS = 4
 """For calls that wait for one disk operation: claims, records, marks. One disk gains nothing from more."""
 
@@ -151,9 +149,10 @@ class IoPath:
         take_damaged: bool = False,
     ) -> dict[str, int]:
         native = self._native
-        options = (rate_bytes_s, take_damaged) if "take_damaged" in (_SIGNATURE or "") else ()
         return await self._run(
-            self._long, volume_id, lambda: native.pull_regions(volume_id, fd, epoch, regions, *options)
+            self._long,
+            volume_id,
+            lambda: native.pull_regions(volume_id, fd, epoch, regions, rate_bytes_s, take_damaged),
         )
 
     async def end_resync(self, volume_id: str) -> None:

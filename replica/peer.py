@@ -74,7 +74,7 @@ class Pulls:
         if pull_round != self.round:
             # It would compare with the source of a resync that is over.
             sock.close()
-            raise Unreachable(peer=f"the replica of volume {volume_id}", reason="its pulls were ended")
+            raise _ended(volume_id)
         self._sockets.add(sock)
         pulling = asyncio.ensure_future(
             self._io.pull_regions(
@@ -93,6 +93,11 @@ class Pulls:
         except asyncio.CancelledError:
             _shut_down(sock)  # the native call sees the end of its source and returns
             raise
+        except Unreachable as error:
+            if pull_round != self.round:
+                # We ended it ourselves: nothing is wrong with the source.
+                raise _ended(volume_id) from error
+            raise
 
     async def settle(self) -> None:
         """End all and wait until none can write any more: a pull that was cancelled may still hold blocks
@@ -109,6 +114,10 @@ class Pulls:
         sock.close()
         if not done.cancelled():
             done.exception()  # its caller may be gone; then nobody else asks for it
+
+
+def _ended(volume_id: str) -> Unreachable:
+    return Unreachable(peer=f"the replica of volume {volume_id}", reason="its pulls were ended")
 
 
 def _shut_down(sock: socket.socket) -> None:

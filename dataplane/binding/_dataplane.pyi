@@ -64,11 +64,24 @@ class ReplicaLoop:
         rest of it as stale as it was.
         Replaces an earlier set; a pull begun before writes nothing more and ends with "closed"."""
 
-    def pull_regions(self, volume_id: str, fd: int, epoch: int, regions: list[int]) -> dict[str, int]:
+    def pull_regions(
+        self,
+        volume_id: str,
+        fd: int,
+        epoch: int,
+        regions: list[int],
+        rate_bytes_s: int = 0,
+        take_damaged: bool = False,
+    ) -> dict[str, int]:
         """Make ``regions`` equal to the peer behind ``fd`` (a socket past its hello as "peer"):
         compare checksums, copy what differs, never over a fresh block. A region that is done leaves
-        the begin_resync set. Returns {"regions", "blocks_compared", "blocks_copied", "bytes_copied"}.
-        Blocking (the interpreter lock is released); several calls may run at once."""
+        the begin_resync set. Returns {"regions", "blocks_compared", "blocks_copied", "bytes_copied",
+        "blocks_unreadable", "blocks_damaged"}: ``regions`` that are done.
+        ``rate_bytes_s``: bytes read per second, 0 for as fast as it goes. A block of which the source has no
+        good copy is unreadable, and its region is not done; with ``take_damaged`` it becomes damaged here too
+        (unless a live write or another source gave it), and the region is done.
+        Raises "source_failed" and "unreachable" for what the source did, "closed" and "stale_epoch" when this
+        replica was closed, claimed, or is in another resync. Blocking; several calls may run at once."""
 
     def end_resync(self, volume_id: str) -> None:
         """Flush everything; forget the set. Blocking."""

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use dolmen_core::replica::error::StoreError;
 use dolmen_core::replica::format::Stamp;
 use dolmen_core::replica::handle::Event;
+use dolmen_core::replica::pull::PullOptions;
 use dolmen_core::replica::recovery::{OpenOptions, Opened};
 use dolmen_core::replica::service::{ReplicaService, Role};
 use pyo3::prelude::*;
@@ -142,6 +143,8 @@ impl ReplicaLoop {
         py.detach(|| self.service.begin_resync(&volume_id, &regions)).map_err(to_python)
     }
 
+    #[pyo3(signature = (volume_id, fd, epoch, regions, rate_bytes_s=0, take_damaged=false))]
+    #[allow(clippy::too_many_arguments)] // the signature is the contract with Python
     fn pull_regions(
         &self,
         py: Python<'_>,
@@ -149,10 +152,14 @@ impl ReplicaLoop {
         fd: i32,
         epoch: u64,
         regions: Vec<u32>,
+        rate_bytes_s: u64,
+        take_damaged: bool,
     ) -> PyResult<HashMap<&'static str, u64>> {
         let fd = duplicate(fd)?;
-        let pulled =
-            py.detach(|| self.service.pull_regions(&volume_id, fd, epoch, &regions)).map_err(to_python)?;
+        let options = PullOptions { rate_bytes_s, take_damaged };
+        let pulled = py
+            .detach(|| self.service.pull_regions(&volume_id, fd, epoch, &regions, options))
+            .map_err(to_python)?;
         Ok(HashMap::from([
             ("regions", pulled.regions),
             ("blocks_compared", pulled.tally.blocks_compared),

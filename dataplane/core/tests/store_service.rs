@@ -182,7 +182,7 @@ fn pull(
 ) -> dolmen_core::replica::pull::Pulled {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     service.attach_session(from, theirs.into(), 1, Role::Peer).unwrap();
-    service.pull_regions(to, ours.into(), 1, regions).unwrap()
+    service.pull_regions(to, ours.into(), 1, regions, Default::default()).unwrap()
 }
 
 #[test]
@@ -416,7 +416,8 @@ fn a_pull_of_an_earlier_resync_writes_nothing_more() {
         let (mut source, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         std::thread::scope(|scope| {
             let service = &service;
-            let pull = scope.spawn(move || service.pull_regions(VOLUME, theirs.into(), 1, &[0]));
+            let pull =
+                scope.spawn(move || service.pull_regions(VOLUME, theirs.into(), 1, &[0], Default::default()));
             let read = asked_for_block_0(&mut source, 1);
             change(service);
             let mut client = Client::attach(service, 1, Role::Data);

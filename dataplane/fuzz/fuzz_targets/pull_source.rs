@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::OnceLock;
 
 use dolmen_core::replica::format::Stamp;
+use dolmen_core::replica::pull::PullOptions;
 use dolmen_core::replica::recovery::OpenOptions;
 use dolmen_core::replica::service::ReplicaService;
 use dolmen_fuzz::{frame, Input};
@@ -47,7 +48,7 @@ fuzz_target!(|data: &[u8]| {
         let _ = source.shutdown(Shutdown::Write);
         source
     });
-    let _ = service.pull_regions("v", target.into(), 1, &[0, 1]);
+    let _ = service.pull_regions("v", target.into(), 1, &[0, 1], PullOptions::default());
     drop(feeder.join().unwrap());
     let _ = service.poll_events();
     let verified = service.verify("v", 0, (SIZE >> 22) as u32).unwrap();

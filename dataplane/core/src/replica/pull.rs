@@ -35,6 +35,15 @@ pub struct Pulled {
     pub tally: Tally,
 }
 
+/// What the caller may choose.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PullOptions {
+    /// Bytes read from the source per second; 0: as fast as it goes.
+    pub rate_bytes_s: u64,
+    /// Where the source has no good copy, say so here too, and call the region done.
+    pub take_damaged: bool,
+}
+
 enum Asked {
     Summary { region: u32 },
     Read { region: u32, first_block: u64, count: u64 },
@@ -51,6 +60,27 @@ struct Puller<'a> {
     runs: VecDeque<(u32, u64, u64)>,
     open: HashMap<u32, RegionPull>,
     pulled: Pulled,
+    pace: Pace,
+}
+
+/// Spreads reads over time. One read may begin at once; each makes the next one wait for its share.
+struct Pace {
+    rate_bytes_s: u64,
+    next: Instant,
+}
+
+impl Pace {
+    fn wait(&self) -> Duration {
+        self.next.saturating_duration_since(Instant::now())
+    }
+
+    fn spend(&mut self, bytes: u64) {
+        if self.rate_bytes_s > 0 {
+            let share = Duration::from_secs_f64(bytes as f64 / self.rate_bytes_s as f64);
+            // Time that went by unused is not made up for: clients would feel the burst.
+            self.next = self.next.max(Instant::now()) + share;
+        }
+    }
 }
 
 pub fn pull_regions(
@@ -59,22 +89,48 @@ pub fn pull_regions(
     fd: OwnedFd,
     epoch: u64,
     regions: &[u32],
+    options: PullOptions,
 ) -> Result<Pulled> {
     let (size_bytes, pass) = {
         let guarded = handle.lock(shared);
-        (guarded.store.size_bytes(), Pass { epoch, ..guarded.store.pass(false) })
+        let pass = Pass { epoch, ..guarded.store.pass(options.take_damaged) };
+        (guarded.store.size_bytes(), pass)
     };
+    let source = Source { fd, epoch, next_id: 1, input: vec![0; 256 * 1024], start: 0, end: 0 };
+    let pace = Pace { rate_bytes_s: options.rate_bytes_s, next: Instant::now() };
+    let pulled = pull(shared, handle, (size_bytes, pass), (source, pace), regions);
+    pulled.map_err(|error| whose_fault(shared, handle, &pass, error))
+}
+
+/// A replica that is closed, or claimed anew, ends its own pulls, and their sockets with them: then nothing is
+/// wrong with the source.
+fn whose_fault(shared: &Shared, handle: &Arc<StoreHandle>, pass: &Pass, error: StoreError) -> StoreError {
+    let guarded = handle.lock(shared);
+    if guarded.closed {
+        return StoreError::new(ErrorKind::Closed, "this replica was closed while it pulled");
+    }
+    guarded.store.check_pass(pass).and_then(|()| guarded.store.check_alive()).err().unwrap_or(error)
+}
+
+fn pull(
+    shared: &Shared,
+    handle: &Arc<StoreHandle>,
+    (size_bytes, pass): (u64, Pass),
+    (source, pace): (Source, Pace),
+    regions: &[u32],
+) -> Result<Pulled> {
     let mut puller = Puller {
         shared,
         handle,
         pass,
         size_bytes,
-        source: Source { fd, epoch, next_id: 1, input: vec![0; 256 * 1024], start: 0, end: 0 },
+        source,
         asked: HashMap::new(),
         reads_in_flight: 0,
         runs: VecDeque::new(),
         open: HashMap::new(),
         pulled: Pulled::default(),
+        pace,
     };
     let mut waiting: VecDeque<u32> = regions.iter().copied().collect();
     while !(waiting.is_empty() && puller.asked.is_empty() && puller.runs.is_empty()) {
@@ -88,7 +144,17 @@ impl Puller<'_> {
     /// Keeps the source busy, within limits.
     fn ask(&mut self, waiting: &mut VecDeque<u32>) -> Result<()> {
         while self.reads_in_flight < READS_IN_FLIGHT_MAX {
-            let Some((region, first_block, count)) = self.runs.pop_front() else { break };
+            let Some(&(region, first_block, count)) = self.runs.front() else { break };
+            let wait = self.pace.wait();
+            if !wait.is_zero() {
+                // With nothing under way nobody would wake us.
+                if self.asked.is_empty() && !self.source.spoke_within(wait)? {
+                    continue;
+                }
+                break;
+            }
+            self.runs.pop_front();
+            self.pace.spend(count * BLOCK_BYTES);
             let id = self.source.ask(kind::READ, first_block * BLOCK_BYTES, count * BLOCK_BYTES)?;
             self.asked.insert(id, Asked::Read { region, first_block, count });
             self.reads_in_flight += 1;
@@ -249,13 +315,25 @@ impl Source {
     }
 
     fn wait(&self, flags: PollFlags) -> Result<()> {
-        let deadline = Instant::now() + SILENCE_MAX;
+        match self.poll(flags, SILENCE_MAX)? {
+            true => Ok(()),
+            false => Err(unreachable("it said nothing for 10 s")),
+        }
+    }
+
+    /// Waits although nothing was asked for. True: the source says something all the same, its end above all.
+    fn spoke_within(&self, wait: Duration) -> Result<bool> {
+        Ok(self.start < self.end || self.poll(PollFlags::IN, wait)?)
+    }
+
+    /// Whether it got ready in time.
+    fn poll(&self, flags: PollFlags, time: Duration) -> Result<bool> {
+        let deadline = Instant::now() + time;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
             match poll(&mut [PollFd::new(&self.fd, flags)], Some(&timeout)) {
-                Ok(0) => return Err(unreachable("it said nothing for 10 s")),
-                Ok(_) => return Ok(()),
+                Ok(count) => return Ok(count > 0),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(unreachable(&error.to_string())),
             }

@@ -239,6 +239,7 @@ impl<F: BlockFile> Store<F> {
             write_seq: 0,
             flushed_seq: 0,
             resync: RegionMap::default(),
+            settled: RegionMap::default(),
             resync_generation: 0,
             now_ms: 0,
             counters: Counters::default(),

@@ -128,6 +128,7 @@ impl<F: BlockFile> Store<F> {
             return Err(bad_source("a summary of another length"));
         }
         let fresh = self.fresh_blocks(region);
+        let mut settled = self.settled_blocks(region);
         let mut plan = Plan::default();
         self.locate(first_block, count, &mut plan)?;
         let mut pull = RegionPull { region, differing: [0; BIT_WORDS], reads_left: 0, unreadable: false };
@@ -135,7 +136,11 @@ impl<F: BlockFile> Store<F> {
         for (index, (mine, theirs)) in plan.entries.iter().zip(words(summary)).enumerate() {
             let block = first_block + index as u64;
             let both_zero = *mine <= ENTRY_ZERO && theirs <= ENTRY_ZERO;
-            if bit(&fresh, index) || both_zero || (*mine == theirs && *mine != ENTRY_DAMAGED) {
+            let equal = both_zero || (*mine == theirs && *mine != ENTRY_DAMAGED);
+            if equal {
+                set_bit(&mut settled, index);
+            }
+            if equal || bit(&fresh, index) || (theirs == ENTRY_DAMAGED && bit(&settled, index)) {
                 continue;
             }
             set_bit(&mut pull.differing, index);
@@ -145,6 +150,7 @@ impl<F: BlockFile> Store<F> {
                 _ => extend(&mut to_read, block, GAP_BLOCKS_MAX),
             }
         }
+        self.settle_blocks(region, &settled);
         for (low, high) in to_zero {
             tally.blocks_copied += self.write_pulled(low, high - low, None)?;
         }

@@ -17,7 +17,7 @@ use super::files::{sync, BlockFile, Disk, RealDisk};
 use super::flush::Clean;
 use super::format::Stamp;
 use super::handle::{Event, Message, NewSession, Shared, StoreHandle};
-use super::pull::{self, Pulled};
+use super::pull::{self, PullOptions, Pulled};
 use super::recovery::{self, OpenOptions, Opened};
 use super::server_loop::ServerLoop;
 use super::syncer::{self, flush_blocking, READ_THREADS};
@@ -212,9 +212,16 @@ impl ReplicaService {
         Ok(())
     }
 
-    pub fn pull_regions(&self, volume_id: &str, fd: OwnedFd, epoch: u64, regions: &[u32]) -> Result<Pulled> {
+    pub fn pull_regions(
+        &self,
+        volume_id: &str,
+        fd: OwnedFd,
+        epoch: u64,
+        regions: &[u32],
+        options: PullOptions,
+    ) -> Result<Pulled> {
         let handle = self.store(volume_id)?;
-        pull::pull_regions(&self.shared, &handle, fd, epoch, regions)
+        pull::pull_regions(&self.shared, &handle, fd, epoch, regions, options)
     }
 
     pub fn end_resync(&self, volume_id: &str) -> Result<()> {

@@ -69,6 +69,8 @@ pub struct Store<F> {
     pub(super) flushed_seq: u64,
     /// Regions being resynced: which of their blocks live writes have made fresh.
     pub(super) resync: RegionMap<Bits>,
+    /// Of those: which blocks are as one of the sources has them.
+    pub(super) settled: RegionMap<Bits>,
     /// Changes with every claim and every begin and end of a resync: a pull that began before may not write.
     pub(super) resync_generation: u64,
     pub(super) now_ms: u64,
@@ -353,6 +355,7 @@ impl<F: BlockFile> Store<F> {
     /// Begins remembering fresh blocks. The caller has marked the regions.
     pub fn track_fresh(&mut self, regions: &[u32]) {
         self.resync_generation += 1;
+        self.settled = RegionMap::default();
         self.resync = regions.iter().map(|region| (*region, Bits::default())).collect();
         for region in regions {
             self.log.hold(*region);
@@ -365,6 +368,7 @@ impl<F: BlockFile> Store<F> {
 
     pub fn resync_done(&mut self, region: u32) {
         self.resync.remove(&region);
+        self.settled.remove(&region);
     }
 
     pub fn resync_generation(&self) -> u64 {
@@ -374,6 +378,7 @@ impl<F: BlockFile> Store<F> {
     pub fn end_resync(&mut self) {
         self.resync_generation += 1;
         self.resync = RegionMap::default();
+        self.settled = RegionMap::default();
     }
 
     /// Grows the in-memory picture; the files have grown already.

@@ -200,7 +200,12 @@ impl<F: BlockFile> Store<F> {
         if let Some(fresh) = fresh {
             self.resync.insert(region, fresh);
         }
-        result.map(|()| written)
+        result?;
+        let mut settled = self.settled_blocks(region);
+        let first = (first_block % REGION_BLOCKS) as usize;
+        (first..first + count as usize).for_each(|index| set_bit(&mut settled, index));
+        self.settle_blocks(region, &settled);
+        Ok(written)
     }
 
     /// A block of which no good copy is to be had: readers are told so. Its region must be marked.
@@ -219,6 +224,18 @@ impl<F: BlockFile> Store<F> {
             return [0; BIT_WORDS];
         }
         self.resync.get(&region).copied().unwrap_or([0; BIT_WORDS])
+    }
+
+    /// Blocks of a region that are as some source of this resync has them: another source that has no good
+    /// copy of one takes nothing away.
+    pub(super) fn settled_blocks(&self, region: u32) -> Bits {
+        self.settled.get(&region).copied().unwrap_or([0; BIT_WORDS])
+    }
+
+    pub(super) fn settle_blocks(&mut self, region: u32, settled: &Bits) {
+        if self.resync.contains_key(&region) {
+            self.settled.insert(region, *settled);
+        }
     }
 
     fn load_chunks(&mut self, first_block: u64, count: u64) -> Result<()> {
