@@ -146,6 +146,9 @@ class ReplicaEntry:
         self.resizing = False
 
     def take_report(self, report: ReplicaReport) -> None:
+        # Another engine may have claimed it since it was found, and left a record of its epoch there.
+        if self.epoch_before is not None and report.record.epoch > self.epoch_before:
+            self.epoch_before, self.closed_before = report.record.epoch, False
         self.report = report
         self.held = report.record.stamp
         self.size_bytes = report.size_bytes

@@ -210,6 +210,7 @@ class Volume:
             case ev.Claimed(slot, session, report):
                 if entry := self._current(slot, session):
                     entry.take_report(report)
+                    entry.opens_seen = max(entry.opens_seen, report.opens)
                     entry.claimed_once = True
                     self.move(entry, ReplicaState.CLAIMED)
             case ev.LinkAttached(slot, session, generation):
@@ -439,13 +440,14 @@ class Volume:
         self._enter(VolumePhase.RECORDING)
 
     def _claim_found(self) -> None:
-        if self.phase is VolumePhase.INSPECTING:
+        # While cleaning: one that was cleaned is closed to this epoch, and would answer that it is stale.
+        if self.phase in (VolumePhase.INSPECTING, VolumePhase.CLEANING):
             return
         opened = self.ledger is not None and self.ledger.opened
         for entry in self.entries:
             if entry.state is ReplicaState.FOUND and self.opening.may_claim(entry, opened=opened):
                 self.move(entry, ReplicaState.CLAIMING)
-                self.act(ev.Claim(entry.slot, entry.session))
+                self.act(ev.Claim(entry.slot, entry.session, self.opening.known_opens(entry)))
 
     # Membership
 

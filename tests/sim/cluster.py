@@ -31,6 +31,9 @@ HEALTHY_MAX_S = 90.0
 """A replica that failed often waits up to RETRY_CAP_S before it is tried again, and then may have to be brought
 up to date after another that waited as well."""
 
+NOTICED_S = 1.5
+"""With clients at work: a link that is dead without having said so is found out by LINK_STALL_TIMEOUT_S."""
+
 STOPPED_MAX_S = 15.0
 """For requests under way when clients stop: one stall and a change of members."""
 
@@ -107,8 +110,10 @@ class Cluster:
         self.faults.start()
         self.sim.run(until_s=self.safety_s)
         self._heal()
+        self.sim.run(until_s=self.sim.now + NOTICED_S)
         self._become_healthy("after the faults")
         self._stop_clients()
+        self._become_healthy("without clients")
         self._check_replicas_equal()
         self._read_everything(flush=True)
         self._lose_power_everywhere()

@@ -329,13 +329,15 @@ class Faults:
         oracle = self.cluster.oracle
         others = oracle.floor - {machine.replica_id}
         sound = others and all(oracle.lost_at[r] < oracle.sound_since[r] for r in others)
-        if not sound or machine.server is None or not self.active:
+        # One at a time: when a majority of a record's members has forgotten, no rule can tell what they knew.
+        whole = all(at < oracle.sound_since[r] for r, at in oracle.put_back_at.items() if at >= 0)
+        if not sound or not whole or machine.server is None or not self.active:
             return False
         self._note("old directory put back", machine.host)
         machine.kill()
         yield 0.01
         if machine.server is None:
             machine.restore_copy()
-            oracle.lost(machine.replica_id)
+            oracle.put_back(machine.replica_id)
             machine.start()
         return True

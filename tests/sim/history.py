@@ -84,6 +84,7 @@ class Oracle:
         self.floor = frozenset(replica_ids)
         self.sound_since = dict.fromkeys(replica_ids, 0.0)  # made equal to the others
         self.lost_at = dict.fromkeys(replica_ids, -1.0)
+        self.put_back_at = dict.fromkeys(replica_ids, -1.0)
         self.decided_epoch = 0
         self.served: dict[int, EngineProcess] = {}
 
@@ -120,3 +121,8 @@ class Oracle:
         if all(self.lost_at[r] >= self.sound_since[r] for r in self.floor):
             self.history.losses.append(self.sim.now)
             self.sim.note("oracle", "loss", sorted(self.floor))
+
+    def put_back(self, replica_id: str) -> None:
+        """Its directory is an older copy: it lacks what was flushed, too."""
+        self.put_back_at[replica_id] = self.sim.now
+        self.lost(replica_id)

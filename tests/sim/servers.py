@@ -163,7 +163,7 @@ class ReplicaServer(Process):
         self.state = "opening"
         self.reason = ""
         self.known: ReplicaMeta | None = None
-        self.suspect_unsaved = False
+        self.claim_due = False  # its store failed since it was claimed
         self.doubtful: set[int] = set()
         self.sessions: list[Session] = []
         self.held: deque[tuple[Session, Frame]] = deque()
@@ -232,6 +232,7 @@ class ReplicaServer(Process):
             suspect = self.known is not None and self.known.suspect
             yield from self._settle_pulls()
             self._end_sessions(lambda session: True)  # closing the failed store ends them
+            self.claim_due = True
             yield from self._open(distrust_cache=True)
             if suspect and not self.meta.suspect:
                 self.known = epochs.store_failed(self.meta)
@@ -279,6 +280,11 @@ class ReplicaServer(Process):
         finally:
             self._lock.give()
 
+    def _check_epoch(self, epoch: int) -> None:
+        epochs.check_epoch(self.meta, epoch)
+        if self.claim_due:
+            raise DiskError(path=self.machine.host, reason="its store failed since it was claimed")
+
     # Connections
 
     def accept(self, end: Endpoint, hello: Any) -> None:
@@ -293,7 +299,7 @@ class ReplicaServer(Process):
         yield from self._lock.take()
         try:
             yield from self._ready()
-            epochs.check_epoch(self.meta, epoch)
+            self._check_epoch(epoch)
             if role == "data":
                 yield from self._persist(epochs.open_for_writing(self.meta, boot_id=self.machine.boot_id))
             if epoch != self.store.epoch:
@@ -404,6 +410,7 @@ class ReplicaServer(Process):
         if claimed.restored and not self.meta.restored:
             self.doubtful = self._find_doubtful(claimed)
         yield from self._persist(claimed)
+        self.claim_due = False
         self._fence(epoch)
         yield from self._settle_pulls()
         self.note("claimed", f"epoch={epoch} by={engine_id}")
@@ -417,6 +424,7 @@ class ReplicaServer(Process):
         return (yield from self._locked(self._persist_record(epoch, record)))
 
     def _persist_record(self, epoch: int, record: MembershipRecord) -> Steps:
+        self._check_epoch(epoch)
         meta = epochs.persist_record(self.meta, epoch=epoch, record=record)
         meta = epochs.regions_completed(meta, epoch=epoch, doubtful_count=len(self.doubtful))
         yield self._disk_s()
@@ -438,7 +446,7 @@ class ReplicaServer(Process):
         return (yield from self._locked(self._begin_resync(epoch, regions)))
 
     def _begin_resync(self, epoch: int, regions: list[int]) -> Steps:
-        epochs.check_epoch(self.meta, epoch)
+        self._check_epoch(epoch)
         yield from self._settle_pulls()
         self.store.begin_resync(regions, self.sim.now)
         yield self._disk_s()
@@ -447,7 +455,7 @@ class ReplicaServer(Process):
         return (yield from self._locked(self._end_resync(epoch)))
 
     def _end_resync(self, epoch: int) -> Steps:
-        epochs.check_epoch(self.meta, epoch)
+        self._check_epoch(epoch)
         yield from self._flush_now()
         self.store.end_resync()
 
@@ -464,7 +472,7 @@ class ReplicaServer(Process):
         return (yield from self._locked(self._complete_regions(epoch, regions)))
 
     def _complete_regions(self, epoch: int, regions: list[int]) -> Steps:
-        epochs.check_epoch(self.meta, epoch)
+        self._check_epoch(epoch)
         self.store.complete_regions(regions)
         self.doubtful.difference_update(regions)
         meta = epochs.regions_completed(self.meta, epoch=epoch, doubtful_count=len(self.doubtful))
@@ -504,7 +512,7 @@ class ReplicaServer(Process):
                 self.pulls.remove(pulling)
 
     def _prepare_pull(self, epoch: int) -> Steps:
-        epochs.check_epoch(self.meta, epoch)
+        self._check_epoch(epoch)
         return self.round
         yield 0.0
 

@@ -52,7 +52,6 @@ class Flushing:
     blocks: dict[int, Cells]
     sequence: int
     cleaning: list[int]
-    sequences: dict[int, int]
 
 
 @dataclass
@@ -63,14 +62,15 @@ class ModelStore:
     failed: bool = False
     cached: dict[int, Cells] = field(default_factory=dict)
     disk: dict[int, Cells] = field(default_factory=dict)
-    pending: dict[int, list[Cells]] = field(default_factory=dict)  # versions since the last sync
+    pending: dict[int, list[tuple[int, Cells]]] = field(
+        default_factory=dict
+    )  # sequence, what, since the sync
     bad: set[int] = field(default_factory=set)  # blocks without a good copy here
     regions: dict[int, RegionState] = field(default_factory=dict)
     fresh: dict[int, set[int]] = field(default_factory=dict)
     generation: int = 0
     sequence: int = 0
     flushed_sequence: int = 0
-    written_at: dict[int, int] = field(default_factory=dict)  # block -> sequence of its last change
     fail_next: str = ""  # "no_space" or "io_error": of the next write
     fail_sync: bool = False  # of the next sync
 
@@ -158,9 +158,8 @@ class ModelStore:
 
     def _put(self, block: int, cells: Cells, request_id: int, now_s: float) -> None:
         self.cached[block] = cells
-        self.pending.setdefault(block, []).append(cells)
         self.sequence += 1
-        self.written_at[block] = self.sequence
+        self.pending.setdefault(block, []).append((self.sequence, cells))
         region = self.regions[block // REGION_BLOCKS]
         region.last_write_id = max(region.last_write_id, request_id)
         region.touched_s = now_s
@@ -204,8 +203,7 @@ class ModelStore:
             )
         ]
         covered = {block: self.cached[block] for block in self.pending}
-        sequences = {block: self.written_at[block] for block in self.pending}
-        return Flushing(covered, self.sequence, cleaning, sequences)
+        return Flushing(covered, self.sequence, cleaning)
 
     def has_cleanable(self, now_s: float) -> bool:
         return not self.failed and bool(self.begin_flush(now_s, clean_idle=True).cleaning)
@@ -219,8 +217,9 @@ class ModelStore:
             raise StoreFailed
         for block, cells in flushing.blocks.items():
             self.disk[block] = cells
-            if self.written_at.get(block) == flushing.sequences[block]:
-                self.pending.pop(block, None)
+            later = [version for version in self.pending.pop(block, ()) if version[0] > flushing.sequence]
+            if later:
+                self.pending[block] = later
         self.flushed_sequence = max(self.flushed_sequence, flushing.sequence)
         for number in flushing.cleaning:
             region = self.regions[number]
@@ -288,7 +287,7 @@ class ModelStore:
     def lose_cache(self, random: Random) -> None:
         """Of what was not synced, any of the versions of each half since the last sync is on the disk."""
         for block in sorted(self.pending):
-            versions = [self.disk.get(block, UNWRITTEN), *self.pending[block]]
+            versions = [self.disk.get(block, UNWRITTEN), *(cells for _, cells in self.pending[block])]
             if random.random() < 0.5:
                 kept = random.choice(versions)
             else:
