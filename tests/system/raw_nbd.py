@@ -76,10 +76,16 @@ class RawNbd:
     def request(
         self, kind: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b""
     ) -> Answer:
+        self.send_request(kind, offset, length, flags=flags, data=data)
+        return self._answer(kind, offset, length)
+
+    def send_request(
+        self, kind: int, offset: int = 0, length: int = 0, *, flags: int = 0, data: bytes = b""
+    ) -> None:
+        """And not wait for the answer."""
         self._cookie += 1
         head = struct.pack(">IHHQQI", REQUEST_MAGIC, flags, kind, self._cookie, offset, length)
         self.send(head + data)
-        return self._answer(kind, offset, length)
 
     def _answer(self, kind: int, offset: int, length: int) -> Answer:
         (magic,) = struct.unpack(">I", self.receive(4))
