@@ -328,8 +328,12 @@ ResyncEvent = (
 
 @dataclass(frozen=True, slots=True)
 class Claim:
+    """``opens``: how often its directory was opened, as far as anybody remembers. It keeps it when it counts
+    fewer: the claim itself would hide that it was put back."""
+
     slot: int
     session: int
+    opens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

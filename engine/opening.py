@@ -96,7 +96,10 @@ class Opening:
         """A session began: was its directory put back to an older state since it was last seen?"""
         report = entry.report
         assert report is not None
-        known_opens = max(self._spec.grant.hints.opens.get(entry.id, 0), entry.opens_seen)
-        if is_put_back(replace(report, restored=report.restored and not entry.accepted), known_opens):
+        excused = replace(report, restored=report.restored and not entry.accepted)
+        if is_put_back(excused, self.known_opens(entry)):
             entry.rolled_back = True
         entry.opens_seen = max(entry.opens_seen, report.opens)
+
+    def known_opens(self, entry: ReplicaEntry) -> int:
+        return max(self._spec.grant.hints.opens.get(entry.id, 0), entry.opens_seen)

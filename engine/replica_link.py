@@ -258,8 +258,10 @@ class ReplicaLink:
     async def _perform(self, client: RpcClient, action: ReplicaCall) -> Event | None:
         slot, session = self._slot, action.session
         match action:
-            case Claim():
-                wire = await self._ask(client, "claim", epoch=self._epoch, engine_id=self._engine_id)
+            case Claim(opens=opens):
+                wire = await self._ask(
+                    client, "claim", epoch=self._epoch, engine_id=self._engine_id, opens=opens
+                )
                 report = parse_report(wire)
                 self._claimed_process_id = report.process_id
                 return Claimed(slot, session, report)

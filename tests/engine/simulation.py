@@ -702,12 +702,15 @@ class Cluster:
         if not isinstance(call, Claim) and replica.epoch != self.epoch:
             return "stale_epoch"
         match call:
-            case Claim():
+            case Claim(opens=opens):
                 if replica.epoch > self.epoch:
                     return "stale_epoch"
+                if replica.opens < opens:
+                    replica.restored = True
+                replica.opens += 1
                 if replica.epoch < self.epoch:
                     self.lock_out_sleepers(slot)
-                    replica.doubtful = set(replica.dirty)
+                    replica.doubtful = replica.dirty | (replica.stamps.keys() if replica.restored else set())
                     replica.fresh.clear()
                 replica.epoch = self.epoch
                 replica.closed = False
