@@ -10,7 +10,7 @@ RUST_SOURCES := $(shell find dataplane -name '*.rs' -not -path '*/target/*' -not
 	dataplane/core/Cargo.toml dataplane/binding/Cargo.toml
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo || echo 'no-sudo-here:-run-as-root')
 
-.PHONY: demo test check build packages bench bench-quick fmt clean sizes fuzz test-python test-rust help lock
+.PHONY: demo test check build packages bench bench-quick soak fmt clean sizes fuzz test-python test-rust help lock
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*##/ -/'
@@ -78,6 +78,11 @@ $(STAMPS)/fuzz-tools: tests/fuzz/requirements.lock | $(STAMPS)/venv
 
 fuzz: build $(STAMPS)/fuzz-tools  ## fuzz frames, NBD, store files, parsers and the REST API: SECONDS=60 for each target
 	@$(PY) -m tests.fuzz.run --seconds $(or $(SECONDS),60)
+
+MINUTES ?= 10
+SEED ?= $(shell echo $$RANDOM)
+soak: build  ## mixed I/O with a random fault every 20 s: MINUTES=60 SEED=7
+	@$(PY) -m tests.soak --minutes $(MINUTES) --seed $(SEED)
 
 sizes:  ## the longest files
 	@git ls-files '*.py' '*.rs' | xargs wc -l | sort -n | tail -15

@@ -276,6 +276,9 @@ class Workload:
     blocks: Sequence[int]
     seed: int
     worker_count: int = 2
+    first_writer: int = (
+        0  # for histories that are put together: writers of all of them have their own numbers
+    )
     depth: int = 8
     read_fraction: float = 0.5
     stop_timeout_s: float = 90.0
@@ -314,7 +317,7 @@ class Workload:
 
     def __enter__(self) -> Workload:
         chance = random.Random(self.seed)
-        for writer in range(self.worker_count):
+        for writer in range(self.first_writer, self.first_writer + self.worker_count):
             own = random.Random(chance.random())
             self._workers.append(Worker(self, writer, depth=self.depth, chance=own))
         for worker in self._workers:
