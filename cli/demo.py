@@ -29,8 +29,9 @@ from rich.table import Table
 
 from cli.cluster import start_daemon, stop_started, wait_ready
 from cli.demo_tree import MIB, TREE_BYTES_MIN, copy_tree, make_image
+from cli.jobs import follow
 from cli.output import Exit
-from cli.replica import follow, verdict_text
+from cli.replica import verdict_text
 from control.client import Client
 from control.sizes import format_size
 from protocol.errors import StorageError

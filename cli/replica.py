@@ -8,13 +8,11 @@ Promises: ``verify`` exits 0 only when everything was compared and is the same.
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
+from cli.jobs import wait_for
 from cli.output import (
     DirOption,
     Exit,
@@ -29,8 +27,6 @@ from cli.output import (
 )
 from cli.volume import NameArgument, names, resync_text
 from control.client import Client, default_dir
-
-POLL_S = 0.1
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at replicas and verify them.")
 
@@ -92,11 +88,7 @@ def rebuild(
 def verify(volume: NameArgument, directory: DirOption = None, output: OutputOption = Output.TABLE) -> None:
     """Read every replica: same bytes everywhere, every checksum right. Works attached and detached."""
     client = Client(directory or default_dir())
-    started = client.verify(volume)
-    if sys.stderr.isatty() and output is Output.TABLE:
-        job = _watch_with_bar(client, started)
-    else:
-        *_, job = follow(client, started)
+    job = wait_for(client, client.verify(volume), doing="verifying", output=output)
     if output is Output.JSON:
         show_json(job)
     if job["state"] == "failed":
@@ -108,27 +100,6 @@ def verify(volume: NameArgument, directory: DirOption = None, output: OutputOpti
         show_result(volume, job["result"])
     code = {"same": Exit.OK, "different": Exit.DIFFERENT, "incomplete": Exit.UNFINISHED}
     raise typer.Exit(int(code[job["result"]["verdict"]]))
-
-
-def follow(client: Client, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The job's states until it is finished, the last one included."""
-    while True:
-        yield job
-        if job["state"] != "running":
-            return
-        time.sleep(POLL_S)
-        job = client.job(job["id"])
-
-
-def _watch_with_bar(client: Client, started: dict[str, Any]) -> dict[str, Any]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("verifying", total=None)
-        for job in follow(client, started):
-            progress.update(task, completed=job["done"], total=job["total"] or None)
-    return job
 
 
 def show_result(volume: str, result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cli import scrub as scrubs
 from cli.output import (
     DirOption,
     Exit,
@@ -230,6 +231,17 @@ def resize(
         show_json(view)
     else:
         print(f"volume {name}: {format_size(view['size_bytes'])}")
+
+
+@app.command("scrub", help=scrubs.scrub.__doc__)
+@user_errors
+def scrub(
+    name: NameArgument,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it is done; then say what was found.")] = False,
+    directory: DirOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    scrubs.scrub(name, wait, directory, output)
 
 
 @app.command("rm")

@@ -136,6 +136,10 @@ class Client:
         """Starts a job; ``job`` asks about it."""
         return self.call("POST", _volume(volume, "verify"), {})
 
+    def scrub(self, volume: str) -> dict[str, Any]:
+        """Starts a job; ``job`` asks about it."""
+        return self.call("POST", _volume(volume, "scrub"), {})
+
     def job(self, job_id: str) -> dict[str, Any]:
         return self.call("GET", f"/v1/jobs/{quote(job_id, safe='')}")
 

@@ -79,6 +79,7 @@ class Daemon:
                 jobs = Jobs(cluster, tasks)
                 system = System(cluster, jobs, self.shut_down, started_at_s=time.monotonic())
                 await cluster.start(self._node_count)
+                jobs.keep_repairing()
                 app = make_app(system, token=token)
                 port = self._port or _last_port(layout)
                 port = port or choose_port(str(layout.dir), await cluster.taken_ports())

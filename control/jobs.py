@@ -1,29 +1,34 @@
-"""Work that takes longer than a request: started, then asked about. Today: verifications.
+"""Work that takes longer than a request: started, then asked about. Today: verifications and scrubs.
 
-Owns the jobs of this daemon's life, in memory: a verification changes nothing, so one that a restart
-forgot is simply started again. Does not own the comparison (``control/verify.py``).
+Owns the jobs of this daemon's life, in memory: a verification changes nothing, and a scrub goes on at the
+replica servers, so one that a restart forgot is simply asked for again. Does not own the comparison
+(``control/verify.py``) or the repair (``control/scrub.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
 
 import structlog
 
 from control.cluster import Cluster
 from control.errors import JobNotFound
+from control.links import ASK_TIMEOUT_S
+from control.model import KIND_VOLUME, Volume
+from control.observe import ask_servers
+from control.scrub import REPAIR_TIMEOUT_S, Ask, DamageKeeper, Repair, VolumeScrub
 from control.verify import CALL_TIMEOUT_S, Verification
-from control.views import JobState, JobView, ReplicaState, VolumeState, VolumeView
+from control.views import SERVING, JobState, JobView, ReplicaState, VolumeState, VolumeView
 from protocol.errors import BadRequest, Conflict, StorageError
 
 JOBS_KEPT_MAX = 100
 """Finished jobs that can still be asked about, the newest."""
 
 RUNNING_MAX = 4
-"""Verifications at once: each reads every disk as fast as it can."""
+"""Jobs at once: each reads every disk as fast as it can."""
 
 
 _NEXT: Mapping[JobState, frozenset[JobState]] = {
@@ -34,13 +39,21 @@ _NEXT: Mapping[JobState, frozenset[JobState]] = {
 """Which state may follow which."""
 
 
+class _Counted(Protocol):
+    @property
+    def done(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+
+
 class _Job:
-    def __init__(self, volume: str) -> None:
+    def __init__(self, kind: str, volume: str) -> None:
         self.id = uuid.uuid4().hex[:12]
+        self.kind = kind
         self.volume = volume
         self.state = JobState.RUNNING
         self.error = ""
-        self.verification: Verification | None = None
+        self.progress: _Counted | None = None
         self.result: Any = None
 
     def enter(self, state: JobState, *, error: str = "") -> None:
@@ -49,10 +62,10 @@ class _Job:
         self.state, self.error = state, error
 
     def view(self) -> JobView:
-        progress = self.verification.progress if self.verification else None
+        progress = self.progress
         return JobView(
             id=self.id,
-            kind="verify",
+            kind=self.kind,
             volume=self.volume,
             state=self.state,
             done=progress.done if progress else 0,
@@ -69,6 +82,8 @@ class Jobs:
         self._tasks = tasks
         self._jobs: dict[str, _Job] = {}
         self._running: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
+        self._keeper = self._damage_keeper()
         self._log = structlog.get_logger()
 
     def view(self, job_id: str) -> JobView:
@@ -82,22 +97,31 @@ class Jobs:
 
     async def verify(self, name: str) -> JobView:
         """Start a verification, or find the one that runs. Raises VolumeNotFound, Conflict."""
+        return await self._start("verify", name, self._verify)
+
+    async def scrub(self, name: str) -> JobView:
+        """Start a scrub, or find the one that runs. Raises VolumeNotFound, Conflict."""
+        return await self._start("scrub", name, self._scrub)
+
+    async def _start(
+        self, kind: str, name: str, work: Callable[[_Job, VolumeView], Awaitable[None]]
+    ) -> JobView:
         view = await self._cluster.volume(name)
         _refuse_unfinished(view)
         for job in self._jobs.values():
-            if job.volume == name and job.state is JobState.RUNNING:
+            if (job.kind, job.volume) == (kind, name) and job.state is JobState.RUNNING:
                 return job.view()
         if len(self._running) >= RUNNING_MAX:
             raise Conflict(
-                f"{RUNNING_MAX} verifications are running. Try again when one is done.",
+                f"{RUNNING_MAX} jobs are running. Try again when one is done.",
                 kind="job",
                 name=name,
                 revision=0,
             )
-        job = _Job(name)
+        job = _Job(kind, name)
         self._jobs[job.id] = job
         self._forget_old()
-        task = self._tasks.create_task(self._run(job, view), name=f"verify {name}")
+        task = self._tasks.create_task(self._run(job, work(job, view)), name=f"{kind} {name}")
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return job.view()
@@ -107,9 +131,9 @@ class Jobs:
         for job_id in finished[: max(0, len(self._jobs) - JOBS_KEPT_MAX)]:
             del self._jobs[job_id]
 
-    async def _run(self, job: _Job, view: VolumeView) -> None:
+    async def _run(self, job: _Job, work: Awaitable[None]) -> None:
         try:
-            await self._verify(job, view)
+            await work
             job.enter(JobState.DONE)
         except StorageError as error:
             job.enter(JobState.FAILED, error=str(error))
@@ -125,18 +149,83 @@ class Jobs:
             if r.id not in compared
         }
         online = before.state is not VolumeState.DETACHED
-        job.verification = Verification(
+        verification = Verification(
             compared,
             before.size_bytes,
             online=online,
             ask=self._asker(before.volume_id, compared),
         )
-        await job.verification.run()
+        job.progress = verification.progress
+        await verification.run()
         after = await self._cluster.volume(job.volume)
         for replica in after.replicas:
             if replica.id in compared and replica.state is not ReplicaState.IN_SYNC:
                 left_out[replica.id] = (replica.node, f"became {replica.state.value} meanwhile")
-        job.result = job.verification.result(left_out)
+        job.result = verification.result(left_out)
+
+    async def _scrub(self, job: _Job, before: VolumeView) -> None:
+        nodes = {replica.id: replica.node for replica in before.replicas}
+        scrub = VolumeScrub(
+            nodes,
+            ask=self._replica_asker(before.volume_id, nodes),
+            repair=self._repairer(job.volume),
+            now_s=asyncio.get_running_loop().time,
+        )
+        job.progress = scrub.progress
+        await scrub.run()
+        after = await self._cluster.volume(job.volume)
+        job.result = scrub.result(attached=after.state in SERVING)
+
+    def _replica_asker(self, volume_id: str, nodes: Mapping[str, str]) -> Ask:
+        async def ask(replica_id: str, call: str, *, timeout_s: float = ASK_TIMEOUT_S, **args: Any) -> Any:
+            link = self._cluster.link(nodes[replica_id])
+            return await link.call(call, timeout_s=timeout_s, volume_id=volume_id, **args)
+
+        return ask
+
+    def _repairer(self, name: str) -> Repair:
+        async def repair(replica_id: str, blocks: list[int]) -> Any:
+            return await self._cluster.engine_call(
+                name, "engine.repair", timeout_s=REPAIR_TIMEOUT_S, replica=replica_id, blocks=blocks
+            )
+
+        return repair
+
+    def keep_repairing(self) -> None:
+        """From now on, what replicas know to be damaged is handed to the engines."""
+        task = self._tasks.create_task(self._keeper.run(), name="damage keeper")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def attached(self) -> None:
+        """A volume has an engine: what waited for that is looked at now."""
+        self._keeper.wake()
+
+    def _damage_keeper(self) -> DamageKeeper:
+        places: dict[tuple[str, str], tuple[str, str]] = {}  # volume and replica -> volume id, node
+
+        async def known() -> list[tuple[str, str, str, int]]:
+            cluster, found = self._cluster, []
+            servers = await ask_servers(cluster.supervisors.values())
+            places.clear()
+            for document in await cluster.store.list(KIND_VOLUME):
+                volume = Volume(document)
+                if volume.name not in cluster.slots:
+                    continue  # no engine, nobody who could repair
+                for place in volume.spec.replicas:
+                    server = servers.get(place.node)
+                    volumes = server.volumes if server is not None else None
+                    count = (volumes or {}).get(volume.spec.volume_id, {}).get("damaged_count")
+                    if isinstance(count, int):
+                        places[volume.name, place.id] = (volume.spec.volume_id, place.node)
+                        found.append((volume.name, place.id, place.node, count))
+            return found
+
+        def ask(volume: str, replica: str) -> Ask:
+            volume_id, node = places[volume, replica]
+            return self._replica_asker(volume_id, {replica: node})
+
+        return DamageKeeper(known, ask=ask, repair=self._repairer, now_s=asyncio.get_running_loop().time)
 
     def _asker(self, volume_id: str, nodes: Mapping[str, str]) -> Callable[[str, int, int], Any]:
         async def ask(replica_id: str, first: int, count: int) -> Any:
@@ -151,7 +240,7 @@ class Jobs:
         return ask
 
     async def cancel_all(self) -> None:
-        running = list(self._running)
+        running = [*self._running, *self._background]
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)

@@ -43,8 +43,27 @@ ENGINE_REQUESTS = {
 }
 ENGINE_GAUGES = ("clients", "in_flight", "in_flight_bytes", "waiting")
 LATENCIES = ("read", "write", "flush")
-REPLICA_COUNTERS = ("reads", "writes", "flushes", "read_bytes", "write_bytes", "checksum_errors", "repairs")
-REPLICA_GAUGES = ("dirty_regions", "blocks_present", "allocated_bytes", "sessions")
+REPLICA_COUNTERS = (
+    "reads",
+    "writes",
+    "flushes",
+    "read_bytes",
+    "write_bytes",
+    "checksum_errors",
+    "repairs",
+    "scrub_blocks_verified",
+    "scrub_damaged_found",
+)
+REPLICA_GAUGES = (
+    "dirty_regions",
+    "blocks_present",
+    "allocated_bytes",
+    "sessions",
+    "damaged_blocks",
+    "scrub_running",
+    "scrub_position_regions",
+    "scrub_last_done_seconds",
+)
 
 
 @dataclass(slots=True)

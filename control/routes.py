@@ -116,9 +116,11 @@ async def _volume_delete(system: System, request: Request) -> VolumeDeleted:
 
 
 async def _volume_attach(system: System, request: Request) -> VolumeView:
-    return await system.cluster.attach_volume(
+    view = await system.cluster.attach_volume(
         request.path["name"], tcp=request.body.tcp, wait_s=request.query["wait_s"]
     )
+    system.jobs.attached()
+    return view
 
 
 async def _volume_detach(system: System, request: Request) -> VolumeView:
@@ -135,6 +137,10 @@ async def _volume_resize(system: System, request: Request) -> VolumeView:
 
 async def _volume_verify(system: System, request: Request) -> JobView:
     return await system.jobs.verify(request.path["name"])
+
+
+async def _volume_scrub(system: System, request: Request) -> JobView:
+    return await system.jobs.scrub(request.path["name"])
 
 
 async def _replica_list(system: System, request: Request) -> ReplicaList:
@@ -196,6 +202,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         "POST", "/v1/volumes/{name}/verify", "Start to compare all replicas", _volume_verify, JobView, Empty
     ),
+    Route("POST", "/v1/volumes/{name}/scrub", "Start to read and repair", _volume_scrub, JobView, Empty),
     Route("GET", "/v1/replicas", "All replicas", _replica_list, ReplicaList, query=("volume",)),
     Route(
         "POST",

@@ -194,6 +194,39 @@ class VerifyResult(Model):
     replicas: list[ReplicaVerified]
 
 
+class ScrubVerdict(Enum):
+    """What a scrub found and left."""
+
+    CLEAN = "clean"  # every replica was read, and every checksum verifies
+    REPAIRED = "repaired"  # damage was found, and none is left
+    DAMAGED = "damaged"  # damage is left
+    INCOMPLETE = "incomplete"  # no damage is left, but not every replica was read
+
+
+class DamagedBlock(Model):
+    block_index: int
+    offset_bytes: int = Field(description="in the volume")
+    repaired: bool
+    unreadable: bool = Field(description="no replica has a good copy: reads of it fail until it is written")
+
+
+class ReplicaScrubbed(Model):
+    id: str
+    node: str
+    scrubbed: bool
+    reason: str = ""  # why not to the end, or why damage is left
+    blocks_verified: int = 0
+    found_count: int = 0
+    left_count: int = 0
+    findings: list[DamagedBlock] = Field(default=[], description="the first of them")
+
+
+class ScrubResult(Model):
+    verdict: ScrubVerdict
+    attached: bool = Field(description="damage is repaired only while the volume is attached")
+    replicas: list[ReplicaScrubbed]
+
+
 class JobView(Model):
     id: str
     kind: str
@@ -203,7 +236,7 @@ class JobView(Model):
     total: int
     unit: str
     error: str = ""
-    result: VerifyResult | None = None
+    result: VerifyResult | ScrubResult | None = None
 
 
 class JobList(Model):

@@ -14,6 +14,7 @@ from protocol.limits import RPC_TIMEOUT_S
 from protocol.rpc import RpcClient
 
 DETACH_TIMEOUT_S = 60.0
+REPAIR_CALL_TIMEOUT_S = 120.0
 """A detach flushes all replicas: seconds on a slow disk."""
 
 
@@ -48,6 +49,13 @@ class EngineClient:
     async def resize(self, size_bytes: int) -> None:
         """Safe to repeat. Raises ShrinkRefused."""
         await self.rpc.call("engine.resize", timeout_s=DETACH_TIMEOUT_S, size_bytes=size_bytes)
+
+    async def repair(self, replica: str, blocks: list[int]) -> dict[str, Any]:
+        """What became of each: repaired, unreadable, left, and why some are left."""
+        answer: dict[str, Any] = await self.rpc.call(
+            "engine.repair", timeout_s=REPAIR_CALL_TIMEOUT_S, replica=replica, blocks=blocks
+        )
+        return answer
 
     async def detach(self) -> None:
         """The engine ends after its answer."""

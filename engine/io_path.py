@@ -53,6 +53,7 @@ class IoPath(Protocol):
     def add_client(
         self, sock: socket.socket, *, structured: bool, meta_context: int, read_only: bool
     ) -> int: ...
+    def repair_block(self, slot: int, block_index: int) -> None: ...
     def stats(self) -> dict[str, Any]: ...
     def stop(self) -> None: ...
 
@@ -122,6 +123,17 @@ class NativeIoPath:
         """The client's id. The caller closes ``sock``. Raises StorageError."""
         try:
             return self._native.add_client(sock.fileno(), structured, meta_context, read_only)
+        except _dataplane.NativeError as error:
+            raise translate_error(error) from error
+
+    def repair_block(self, slot: int, block_index: int) -> None:
+        """Read a block elsewhere and give it to ``slot``. A notice tells the end: ("block_repaired", slot,
+        block) or ("block_unreadable", block). Raises StorageError."""
+        order = getattr(self._native, "repair_block", None)
+        if order is None:
+            raise BadRequest(reason="this data plane repairs what reads find, and nothing by order")
+        try:
+            order(slot, block_index)
         except _dataplane.NativeError as error:
             raise translate_error(error) from error
 

@@ -1,4 +1,4 @@
-"""The engine's control socket: status, stats, resize, replace_replica, detach.
+"""The engine's control socket: status, stats, resize, replace_replica, repair, detach.
 
 Owns the socket file and argument checks. The socket is made under another name, with mode 0600, and renamed
 into place; it is never removed, because by then it may be a newer engine's.
@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from engine.config import ReplicaAddress, parse_address
 from engine.limits import CONTROL_CONNECTIONS_MAX
+from engine.scrub import BLOCKS_PER_CALL_MAX
 from protocol.errors import BadRequest
 from protocol.limits import BLOCK_BYTES, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN
 from protocol.rpc import serve_calls
@@ -34,6 +35,7 @@ class Engine(Protocol):
     def resize(self, size_bytes: int) -> Awaitable[None]: ...
     def detach(self) -> Awaitable[None]: ...
     def replace_replica(self, old: str, new: ReplicaAddress) -> Awaitable[None]: ...
+    def repair(self, replica: str, blocks: list[int]) -> Awaitable[dict[str, Any]]: ...
 
 
 async def answer(engine: Engine, call: str, args: dict[str, Any]) -> Any:
@@ -54,6 +56,14 @@ async def answer(engine: Engine, call: str, args: dict[str, Any]) -> Any:
             return {}
         case "engine.replace_replica", _:
             raise BadRequest(reason="engine.replace_replica takes old and new")
+        case "engine.repair", {"replica": str(replica), "blocks": list(blocks)} if (
+            len(blocks) <= BLOCKS_PER_CALL_MAX and all(type(block) is int for block in blocks)
+        ):
+            return await engine.repair(replica, blocks)
+        case "engine.repair", _:
+            raise BadRequest(
+                reason=f"engine.repair takes replica and blocks, at most {BLOCKS_PER_CALL_MAX} numbers"
+            )
         case "engine.detach", _:
             await engine.detach()
             return {}

@@ -40,11 +40,13 @@ from engine.negotiation import Export, ExportTable
 from engine.pace import PACE_INTERVAL_S, STARTING, LoadMeter, Pace
 from engine.replica_link import CALL_OF, ReplicaLink
 from engine.rpc_api import serve_control
+from engine.scrub import Repairs
 from engine.status import volume_status
 from engine.store_link import StoreLink
 from engine.volume import Volume
-from protocol.errors import StorageError
+from protocol.errors import BadRequest, StorageError
 from protocol.jsonlog import log_event
+from protocol.limits import BLOCK_BYTES
 
 log = logging.getLogger("dolmen.engine")
 
@@ -78,6 +80,7 @@ class EngineServer:
         self._frontend: Frontend | None = None
         self._replies: dict[int, asyncio.Future[None]] = {}
         self._next_request = 1
+        self._repairs = Repairs(io.repair_block)
         self._repaired_count = 0
         self._unreadable_count = 0
 
@@ -224,10 +227,12 @@ class EngineServer:
                 self._frontend.on_client_closed(client_id, reason)
             case ("block_repaired", int(slot), int(block)):
                 self._repaired_count += 1
+                self._repairs.note_repaired(slot, block)
                 replica = self._addresses[slot].id
                 log_event(log, "block repaired", level=logging.WARNING, replica=replica, block_index=block)
             case ("block_unreadable", int(block)):
                 self._unreadable_count += 1
+                self._repairs.note_unreadable(block)
                 log_event(log, "block unreadable on all replicas", level=logging.ERROR, block_index=block)
             case _:
                 log_event(log, "unknown event of the data plane", level=logging.ERROR, notice=repr(notice))
@@ -253,6 +258,18 @@ class EngineServer:
 
     async def resize(self, size_bytes: int) -> None:
         await self._ask(lambda request: ResizeAsked(request, size_bytes))
+
+    async def repair(self, replica: str, blocks: list[int]) -> dict[str, Any]:
+        """Give ``replica`` good copies of blocks that it found damaged. Raises BadRequest."""
+        entry = next((entry for entry in self._volume.entries if entry.id == replica), None)
+        if entry is None:
+            raise BadRequest(reason=f"volume {self._config.name} has no replica {replica[:80]!r}")
+        if not entry.in_sync:
+            raise BadRequest(reason=f"replica {replica} is not in sync; its resync brings good copies")
+        block_count = self._volume.size_bytes // BLOCK_BYTES
+        if any(not 0 <= block < block_count for block in blocks):
+            raise BadRequest(reason=f"blocks are numbers below {block_count}")
+        return (await self._repairs.run(entry.slot, blocks)).to_wire()
 
     async def replace_replica(self, old: str, new: ReplicaAddress) -> None:
         await self._ask(lambda request: ReplaceAsked(request, old, new.id, new.node, new.host, new.port))

@@ -71,10 +71,12 @@ class ScrubState:
     found_count: int = 0  # damaged blocks, likewise
     due_s: int = 0  # when the next background pass begins, wall clock
     last_done_s: int = 0  # when a pass last reached the end; 0: never
+    passes_count: int = 0  # that reached the end
     damaged: tuple[int, ...] = ()  # blocks known as damaged, ascending; not repaired as far as is known here
 
     def __post_init__(self) -> None:
         assert min(self.position, self.blocks_verified, self.found_count, self.due_s, self.last_done_s) >= 0
+        assert self.passes_count >= 0
         assert len(self.damaged) <= DAMAGED_KEPT_MAX
 
 
@@ -143,7 +145,14 @@ def _with_damaged(state: ScrubState, blocks: set[int]) -> ScrubState:
 
 def finished(state: ScrubState, *, now_s: int) -> ScrubState:
     assert state.running is not Pass.NONE
-    return replace(state, running=Pass.NONE, position=0, last_done_s=now_s, due_s=now_s + SCRUB_PERIOD_S)
+    return replace(
+        state,
+        running=Pass.NONE,
+        position=0,
+        last_done_s=now_s,
+        passes_count=state.passes_count + 1,
+        due_s=now_s + SCRUB_PERIOD_S,
+    )
 
 
 # -- who is next

@@ -251,6 +251,7 @@ class Scrubber:
             "found": state.found_count,
             "damaged_count": len(state.damaged),
             "last_done": state.last_done_s,
+            "passes": state.passes_count,
             "due": state.due_s,
         }
 
@@ -293,7 +294,7 @@ class Scrubber:
             "scrub_regions": self._total(entry),
             "scrub_blocks_verified": entry.counted_blocks,
             "scrub_damaged_found": entry.counted_damaged,
-            "scrub_last_done_s": entry.state.last_done_s,
+            "scrub_last_done_seconds": entry.state.last_done_s,
             "damaged_blocks": len(entry.state.damaged),
         }
 

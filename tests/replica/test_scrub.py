@@ -54,6 +54,7 @@ def test_a_background_pass_begins_when_it_is_due_and_the_next_a_period_after_its
     assert (begun.running, begun.position) == (Pass.BACKGROUND, 0)
     assert scrub.begun_if_due(begun, now_s=NOW_S + 2000) is begun
     done = scrub.finished(walked(begun, REGIONS - 1), now_s=NOW_S + 3000)
+    assert done.passes_count == 1
     assert (done.running, done.last_done_s, done.due_s) == (
         Pass.NONE,
         NOW_S + 3000,
@@ -133,7 +134,7 @@ def test_the_pace_keeps_its_rate_gives_way_to_clients_and_takes_what_it_is_told(
 
 # -- the file
 
-SOME = ScrubState(Pass.ASKED, 5, 40, 2, NOW_S, NOW_S - 5, (7, 9000))
+SOME = ScrubState(Pass.ASKED, 5, 40, 2, NOW_S, NOW_S - 5, 3, (7, 9000))
 
 
 def test_the_file_says_what_was_written_and_damage_to_it_is_a_fresh_start(tmp_path: Path) -> None:
