@@ -132,7 +132,6 @@ def test_a_frame_that_comes_twice_counts_once(networked: Incident, what: str) ->
         workload.wait_for_answers(300)
 
 
-@pytest.mark.xfail(reason="a replica does not check that ids grow within a session", strict=False)
 def test_a_write_that_is_played_again_later_never_overwrites_a_newer_one(networked: Incident) -> None:
     kept: list[bytes] = []
 

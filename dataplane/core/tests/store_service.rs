@@ -125,6 +125,33 @@ fn bad_frames_are_refused_and_change_nothing() {
 }
 
 #[test]
+fn a_frame_that_is_sent_again_ends_its_session_and_is_not_applied() {
+    use std::io::{Read, Write};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("r");
+    let service = ReplicaService::new().unwrap();
+    create(&service, &path);
+    open(&service, &path, 1);
+    let mut engine = Client::attach(&service, 1, Role::Data);
+    assert_eq!(engine.write(0, &block(1)), status::OK);
+    assert_eq!(engine.write(0, &block(2)), status::OK);
+    let payload = write_payload(0, &block(1));
+    let again = Header {
+        kind: kind::WRITE,
+        request_id: 1,
+        epoch: 1,
+        length_bytes: BLOCK as u32,
+        payload_bytes: payload.len() as u32,
+        ..Header::default()
+    };
+    engine.socket.write_all(&[&again.encode()[..], &payload].concat()).unwrap();
+    let mut rest = Vec::new();
+    assert!(!matches!(engine.socket.read_to_end(&mut rest), Ok(1..)), "no answer");
+    let mut next = Client::attach(&service, 1, Role::Data);
+    assert_eq!(next.read(0, 4096).1, block(2));
+}
+
+#[test]
 fn garbage_closes_its_own_session_only() {
     use std::io::{Read, Write};
     let dir = tempfile::tempdir().unwrap();

@@ -41,7 +41,7 @@ fn requests() -> Vec<u8> {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     let mut lies = Vec::new();
     while !input.is_empty() && lies.len() < 256 << 10 {
         lies.extend_from_slice(&frame(&mut input, 1, SIZE, true));

@@ -58,7 +58,7 @@ fn request(input: &mut Input<'_>, out: &mut Vec<u8>) {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     let terms = input.byte();
     let mut bytes = Vec::new();
     while !input.is_empty() && bytes.len() < 4 << 20 {

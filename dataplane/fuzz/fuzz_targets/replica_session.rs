@@ -39,7 +39,7 @@ fn service() -> &'static ReplicaService {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     let role = if input.byte() & 1 == 0 { Role::Data } else { Role::Peer };
     let mut bytes = Vec::new();
     while !input.is_empty() && bytes.len() < 1 << 20 {

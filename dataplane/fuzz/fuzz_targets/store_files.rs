@@ -133,7 +133,7 @@ fuzz_target!(|data: &[u8]| {
     let dir = tempfile::tempdir_in(base()).unwrap();
     let path = dir.path().join("r");
     copy(&path);
-    let mut input = Input(data);
+    let mut input = Input::new(data);
     // One file: a clean region's record and its data are two witnesses, and one of them is to be believed.
     let file = path.join(FILES[usize::from(input.byte()) % FILES.len()]);
     while !input.is_empty() {

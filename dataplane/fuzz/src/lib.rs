@@ -15,12 +15,19 @@ pub const BLOCK: usize = 4096;
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Takes numbers off the front of the input; zero when it is used up.
-pub struct Input<'a>(pub &'a [u8]);
+pub struct Input<'a> {
+    rest: &'a [u8],
+    frames: u64,
+}
 
 impl<'a> Input<'a> {
+    pub fn new(data: &'a [u8]) -> Self {
+        Self { rest: data, frames: 0 }
+    }
+
     pub fn bytes(&mut self, count: usize) -> &'a [u8] {
-        let (front, rest) = self.0.split_at(count.min(self.0.len()));
-        self.0 = rest;
+        let (front, rest) = self.rest.split_at(count.min(self.rest.len()));
+        self.rest = rest;
         front
     }
 
@@ -36,7 +43,7 @@ impl<'a> Input<'a> {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.rest.is_empty()
     }
 }
 
@@ -46,6 +53,7 @@ pub fn frame(input: &mut Input<'_>, epoch: u64, size_bytes: u64, reply: bool) ->
     if shape == 0xff {
         return input.bytes(64).to_vec();
     }
+    input.frames += 1;
     let kinds = [
         kind::WRITE,
         kind::WRITE_PARTIAL,
@@ -65,7 +73,7 @@ pub fn frame(input: &mut Input<'_>, epoch: u64, size_bytes: u64, reply: bool) ->
     let mut header = Header {
         kind: kinds[usize::from(shape & 15) % kinds.len()] | if reply { REPLY } else { 0 },
         flags: u16::from(input.byte() & 7),
-        request_id: input.number(if shape & 16 == 0 { 1 } else { 8 }),
+        request_id: if shape & 16 == 0 { input.frames } else { input.number(8) },
         epoch: if shape & 32 == 0 { epoch } else { input.number(2) },
         offset_bytes: input.number(2) * BLOCK as u64 % (size_bytes + 2 * BLOCK as u64),
         length_bytes: (input.number(1) as u32 + 1) * BLOCK as u32,

@@ -219,6 +219,9 @@ impl ServerLoop {
             };
             let frame_bytes = HEADER_BYTES + header.payload_bytes as usize;
             let Some(payload) = bytes.get(HEADER_BYTES..frame_bytes) else { break Ok(()) };
+            if let Err(reason) = session.admit(&header) {
+                break Err(reason);
+            }
             let mut turn = Turn { shared: &self.shared, guarded: &mut guarded, held, plan: &mut self.plan };
             turn.apply(session, &header, payload);
             input.consume(frame_bytes);

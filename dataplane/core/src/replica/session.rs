@@ -9,7 +9,7 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{recv, send, RecvFlags, SendFlags};
 
-use crate::frame::{Header, HEADER_BYTES};
+use crate::frame::{kind, Header, HEADER_BYTES};
 
 use super::buffers::{InBuffer, OutBuffer};
 use super::handle::{NewSession, StoreHandle};
@@ -33,6 +33,14 @@ pub struct Session {
     pub deferred: usize,
     pub deferred_bytes: usize,
     pub interest: EventFlags,
+    /// Of the newest frame that changes something.
+    last_change_id: u64,
+}
+
+/// Frames whose ids grow within a data session. A read that is asked again of another replica keeps its id,
+/// and a repair changes nothing that is good.
+fn ordered(kind: u8) -> bool {
+    matches!(kind, kind::WRITE | kind::WRITE_PARTIAL | kind::WRITE_ZEROES | kind::TRIM)
 }
 
 impl Session {
@@ -49,7 +57,21 @@ impl Session {
             deferred: 0,
             deferred_bytes: 0,
             interest: EventFlags::IN,
+            last_change_id: 0,
         }
+    }
+
+    /// A frame has arrived whole. One that was sent twice, or overtaken, must not be applied over what is
+    /// newer (C12): the error says why the session ends.
+    pub fn admit(&mut self, header: &Header) -> Result<(), String> {
+        if !ordered(header.kind) {
+            return Ok(());
+        }
+        if header.request_id <= self.last_change_id {
+            return Err(format!("frame {} came after {}", header.request_id, self.last_change_id));
+        }
+        self.last_change_id = header.request_id;
+        Ok(())
     }
 
     pub fn paused(&self) -> bool {
