@@ -46,8 +46,7 @@ fuzz_target!(|data: &[u8]| {
     while !input.is_empty() && lies.len() < 256 << 10 {
         lies.extend_from_slice(&frame(&mut input, 1, SIZE, true));
     }
-    let engine =
-        EngineHandle::start(Options { size_bytes: SIZE, epoch: 1, slot_count: 2, spin: false }).unwrap();
+    let engine = EngineHandle::start(Options { spin: false, ..Options::new(SIZE, 1, 2) }).unwrap();
     let mut honest = EmptyReplica::start();
     let (mut liar, liar_engine_end) = UnixStream::pair().unwrap();
     let lying = engine.attach_link(1, liar_engine_end.into(), true).unwrap();
