@@ -31,6 +31,7 @@ class ReplicaReport:
     opens: int  # how often a server process opened it, or an engine claimed it
     restored: bool  # its directory is a copy that was put back
     closed: bool = False  # its epoch ended with a clean detach
+    epoch_was: int | None = None  # of a claim: the epoch that it replaced, ours when it was repeated
 
 
 Quorums = tuple[tuple[tuple[int, ...], int], ...]  # (slots, how many of them)

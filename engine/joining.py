@@ -205,6 +205,9 @@ class Joining:
             self._compared_twice = True
             self._host.move(self.target, to)
         elif self.target.state is ReplicaState.JOINING:
+            # Before the record: the one that names it also ends its doubts about itself, in one write. If its
+            # machine then loses power, it is not still taken for a copy that was put back.
+            self._complete()
             self._host.move(self.target, ReplicaState.FLUSHING)
             self._host.act(EndResync(self.target.slot, self.target.session))
 
@@ -272,7 +275,11 @@ class Joining:
         # Equal, so that its marks can go: a target that is killed opens without reading it all again.
         self._equal.extend(regions)
         if len(self._equal) >= COMPLETE_BATCH_REGIONS:
-            equal, self._equal = tuple(sorted(self._equal)), []
+            self._complete()
+
+    def _complete(self) -> None:
+        equal, self._equal = tuple(sorted(self._equal)), []
+        if equal:
             self._host.act(CompleteRegions(self.target.slot, self.target.session, equal))
 
     def on_incomplete(self, source_slot: int, regions: Regions, bytes_copied: int) -> None:

@@ -58,6 +58,7 @@ class Opening:
         self.stragglers_waited = False
         self.lease_over = spec.grant.predecessor_ended  # an older engine answers no read any more
         self._members: frozenset[str] = frozenset()  # of the decision, once it is taken
+        self._found_under: dict[str, int] = {}  # epoch of the newest record known when a replica was found
 
     def decide(self, entries: Iterable[ReplicaEntry]) -> MayOpen | MustWait:
         """By what these replicas were before this engine touched them."""
@@ -83,13 +84,15 @@ class Opening:
     def judge(self, entries: Sequence[ReplicaEntry]) -> None:
         """The decision was taken: whose word for what it has is worth nothing from now on."""
         assert self._members
+        decided = self._spec.grant.hints.override is not None
         for entry in entries:
             put_back = entry.rolled_back or (entry.report is not None and entry.report.restored)
+            lost = self._lost_its_past(entry)
             if entry.id in self._members:
                 # Opened all the same: an operator said so, or the copy is complete.
-                entry.accepted = put_back
+                entry.accepted = put_back or lost
                 entry.rolled_back = False
-            elif self._lost_its_past(entry):
+            elif lost or decided:
                 entry.rolled_back = True
 
     def on_up(self, entry: ReplicaEntry) -> None:
@@ -100,6 +103,13 @@ class Opening:
         if is_put_back(excused, self.known_opens(entry)):
             entry.rolled_back = True
         entry.opens_seen = max(entry.opens_seen, report.opens)
+        self._found_under[entry.id] = max(self.newest.epoch, report.record.epoch)
+
+    def is_outdated(self, entry: ReplicaEntry) -> bool:
+        """Whether a found one lost its past, or was only looked at too early to tell."""
+        return self._lost_its_past(entry) and self._found_under[entry.id] < self.newest.epoch
 
     def known_opens(self, entry: ReplicaEntry) -> int:
-        return max(self._spec.grant.hints.opens.get(entry.id, 0), entry.opens_seen)
+        """The highest number that anybody remembers; of one that was accepted, since then."""
+        before = 0 if entry.accepted else self._spec.grant.hints.opens.get(entry.id, 0)
+        return max(before, entry.opens_seen)

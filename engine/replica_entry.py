@@ -109,7 +109,7 @@ class ReplicaEntry:
         self.epoch_before: int | None = None  # its epoch when it was first found; over sessions
         self.closed_before = False  # its epoch then had ended with a clean detach; over sessions
         self.opens_seen = 0  # how often its directory had been opened; over sessions
-        self.accepted = False  # a member although its directory was put back; over sessions
+        self.accepted = False  # a member although it may lack what the others have; over sessions
         self.claimed_once = False  # by us; over sessions
         self.rolled_back = False  # it lost what it had held durably; over sessions
         self.forked = False  # its history was given up: it may hold what nobody else ever had; over sessions
@@ -146,9 +146,11 @@ class ReplicaEntry:
         self.resizing = False
 
     def take_report(self, report: ReplicaReport) -> None:
-        # Another engine may have claimed it since it was found, and left a record of its epoch there.
-        if self.epoch_before is not None and report.record.epoch > self.epoch_before:
-            self.epoch_before, self.closed_before = report.record.epoch, False
+        # Another engine may have claimed it since it was found: the claim that we replaced says so, and a
+        # record that was left there.
+        was = max(report.record.epoch, report.epoch_was or 0)
+        if self.epoch_before is not None and was > self.epoch_before:
+            self.epoch_before, self.closed_before = was, False
         self.report = report
         self.held = report.record.stamp
         self.size_bytes = report.size_bytes

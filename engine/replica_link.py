@@ -111,6 +111,7 @@ def parse_report(wire: Any) -> ReplicaReport:
                 opens=opens,
                 restored=restored,
                 closed=epoch > 0 and not claimed_by,
+                epoch_was=epoch_was if isinstance(epoch_was := wire.get("epoch_was"), int) else None,
             )
         case _:
             raise ProtocolViolation(expected="a replica's report", got=type(wire).__name__)

@@ -415,14 +415,22 @@ class Volume:
         if self.phase is VolumePhase.INSPECTING:
             opening = self.opening
             decision = opening.decide(e for e in self.entries if e.state is not ReplicaState.OFFLINE)
+            if self._look_again():
+                return
             if isinstance(decision, MustWait) or (decision.absent and not opening.stragglers_waited):
                 return
             self._enter(VolumePhase.CLAIMING)
             self._claim_found()
         if any(entry.state is ReplicaState.CLAIMING for entry in self.entries):
             return
-        # Only now are the records final: an older engine may have committed one until it was locked out.
-        decision = self.opening.decide(entry for entry in self.entries if entry.claimed)
+        # Only now are the records final: an older engine may have committed one until it was locked out. One
+        # that must not be claimed counts as what it is, not as one that may still come.
+        decision = self.opening.decide(
+            entry for entry in self.entries if entry.claimed or entry.state is ReplicaState.FOUND
+        )
+        if self._look_again():
+            self._enter(VolumePhase.INSPECTING)
+            return
         if isinstance(decision, MustWait):
             self._enter(VolumePhase.INSPECTING)
             return
@@ -438,6 +446,15 @@ class Volume:
         )
         self._log("open decided", record=decision.newest.to_wire(), members=sorted(decision.members))
         self._enter(VolumePhase.RECORDING)
+
+    def _look_again(self) -> bool:
+        """Replicas whose report may be older than a record that has come to light since, of an engine that
+        claimed them meanwhile, are asked anew."""
+        outdated = [e for e in self.entries if e.state is ReplicaState.FOUND and self.opening.is_outdated(e)]
+        for entry in outdated:
+            self.act(ev.CloseSession(entry.slot, entry.session, 0.0))
+            self._lose(entry, "it was looked at before the newest record was made")
+        return bool(outdated)
 
     def _claim_found(self) -> None:
         # While cleaning: one that was cleaned is closed to this epoch, and would answer that it is stale.
@@ -526,7 +543,7 @@ class Volume:
         entry.vouched = True
         if entry.state is ReplicaState.RECORDING:
             entry.failed_here = False
-            entry.rolled_back = False
+            entry.rolled_back = entry.forked = False
             self._finish_joining(entry)
         elif entry.state in RESYNC_STATES:
             self._drop(entry, "named in sync while it was resynced again")

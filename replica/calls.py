@@ -210,8 +210,8 @@ class Calls:
         epoch, engine_id = args.epoch(), args.identifier("engine_id")
         opens_known = args.integer("opens", least=0, most=2**63 - 2, missing=0)
         replica = self._only_replica(args)
-        await replica.claim(epoch=epoch, engine_id=engine_id, opens_known=opens_known)
-        return await self._replicas.inspect(replica)
+        epoch_was = await replica.claim(epoch=epoch, engine_id=engine_id, opens_known=opens_known)
+        return {**await self._replicas.inspect(replica), "epoch_was": epoch_was}
 
     async def _persist_record(self, args: Args) -> dict[str, Any]:
         epoch, record = args.epoch(), args.record()

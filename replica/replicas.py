@@ -277,7 +277,8 @@ class Replica:
 
     # -- who may write
 
-    async def claim(self, *, epoch: int, engine_id: str, opens_known: int = 0) -> None:
+    async def claim(self, *, epoch: int, engine_id: str, opens_known: int = 0) -> int:
+        """The epoch that this claim replaced; the same one when it is repeated."""
         async with self._lock:
             meta = await self._ready()
             claimed = epochs.claim(
@@ -292,6 +293,7 @@ class Replica:
             await self._pulls.settle()
             if epoch > meta.epoch:
                 log.info("epoch claimed volume=%s epoch=%d engine=%s", self.volume_id, epoch, engine_id)
+            return meta.epoch
 
     async def persist_record(self, *, epoch: int, record: MembershipRecord) -> None:
         async with self._lock:

@@ -256,7 +256,11 @@ class ReplicaLink:
         match action:
             case ev.Claim():
                 wire = yield from client.call(
-                    "claim", timeout_s=quick, epoch=epoch, engine_id=self.engine.engine_id
+                    "claim",
+                    timeout_s=quick,
+                    epoch=epoch,
+                    engine_id=self.engine.engine_id,
+                    opens_known=action.opens,
                 )
                 self._claimed_process_id = wire["process_id"]
                 return ev.Claimed(slot, session, report_of(wire))

@@ -400,6 +400,7 @@ class ReplicaServer(Process):
         return (yield from self._locked(self._claim(epoch, engine_id, opens_known)))
 
     def _claim(self, epoch: int, engine_id: str, opens_known: int) -> Steps:
+        was = self.meta.epoch
         claimed = epochs.claim(
             self.meta,
             epoch=epoch,
@@ -414,7 +415,7 @@ class ReplicaServer(Process):
         self._fence(epoch)
         yield from self._settle_pulls()
         self.note("claimed", f"epoch={epoch} by={engine_id}")
-        return self.report()
+        return {**self.report(), "epoch_was": was}
 
     def _fence(self, epoch: int) -> None:
         self.store.set_epoch(epoch)
