@@ -16,7 +16,7 @@ import typer
 
 from cli.output import DirOption, Exit, Output, OutputOption, fail, note, show_json, user_errors
 from control.client import Client, default_dir
-from protocol.errors import DaemonUnreachable, StorageError
+from protocol.errors import BadRequest, DaemonUnreachable, StorageError
 
 READY_TIMEOUT_S = 60.0
 """Replica servers recover what an unclean stop left before they serve."""
@@ -25,6 +25,9 @@ DOWN_TIMEOUT_S = 90.0
 """Engines detach (20 s at most), then replica servers flush (20 s at most)."""
 
 NODES_DEFAULT = 3
+REPLACE_AFTER_DEFAULT = "10m"
+"""As ``control.reconcile.REPLACE_AFTER_S``, which takes long to import."""
+
 NODES_MAX = 16
 """As ``control.model.NODES_MAX``, which takes long to import."""
 
@@ -46,18 +49,27 @@ def up(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="TCP port of the REST API on 127.0.0.1; 0: a free one.")
     ] = 0,
+    replace_after: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="How long a replica's server or disk may be gone until another node gets a new one, "
+            "as 90s, 10m or 2h; 0: never.",
+        ),
+    ] = REPLACE_AFTER_DEFAULT,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Run a local cluster: the daemon and its replica servers. Repeating it is harmless.
 
     Without --detach it runs until Ctrl-C, which stops everything.
     """
+    replace_after_s = parse_duration_s(replace_after)
     client = Client(directory or default_dir())
     came: list[int] = []
     if not detach:
         # A daemon that starts at that moment must be known before it can be stopped.
         handlers = {n: signal.signal(n, lambda number, _: came.append(number)) for n in STOP_SIGNALS}
-    daemon = start_daemon(client, nodes or NODES_DEFAULT, port)
+    daemon = start_daemon(client, nodes or NODES_DEFAULT, port, replace_after_s)
     if daemon is not None and not detach:
         _run_in_foreground(client, daemon, output, came)
         return
@@ -69,6 +81,8 @@ def up(
     wait_ready(client, daemon)
     _show_up(client, output, already=daemon is None)
     _say_ignored(client, nodes, port, already=daemon is None)
+    if daemon is None and replace_after != REPLACE_AFTER_DEFAULT:
+        note(f"--replace-after {replace_after} is ignored, a daemon runs already: `dolmen down` first")
 
 
 def _say_ignored(client: Client, nodes: int | None, port: int, *, already: bool) -> None:
@@ -84,7 +98,17 @@ def _say_ignored(client: Client, nodes: int | None, port: int, *, already: bool)
         note(f"--nodes {nodes} is ignored: there are {count} nodes, and they never get fewer")
 
 
-def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[bytes] | None:
+def parse_duration_s(text: str) -> float:
+    """Raises BadRequest."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if found is None:
+        raise BadRequest(reason=f"{text[:40]!r} is not a time; write 90s, 10m or 2h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def start_daemon(
+    client: Client, nodes: int, port: int = 0, replace_after_s: float | None = None
+) -> subprocess.Popen[bytes] | None:
     """None if one runs already. Raises BadRequest for a directory that is not ours."""
     from control.leftovers import DAEMON_ARGUMENTS, is_daemon_running
     from control.processes import rotate
@@ -98,6 +122,7 @@ def start_daemon(client: Client, nodes: int, port: int = 0) -> subprocess.Popen[
             [
                 *(sys.executable, *DAEMON_ARGUMENTS, "--dir", os.fspath(client.layout.dir)),
                 *("--nodes", str(nodes), "--port", str(port)),
+                *(() if replace_after_s is None else ("--replace-after-s", str(replace_after_s))),
             ],
             stdin=subprocess.DEVNULL,
             stdout=log,

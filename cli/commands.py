@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import cluster, node, replica, volume
+from cli import cluster, node, recover, replica, volume, why
 from cli.output import EXIT_CODES, Output, OutputOption, show_json, user_errors
 
 
@@ -42,6 +42,8 @@ app = typer.Typer(
 app.command("up")(cluster.up)
 app.command("down")(cluster.down)
 app.command("status")(cluster.status)
+app.command("why")(why.why)
+volume.app.command("recover")(recover.recover_volume)
 app.add_typer(volume.app, name="volume")
 app.add_typer(replica.app, name="replica")
 app.add_typer(node.app, name="node")

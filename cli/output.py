@@ -30,13 +30,14 @@ class Exit(IntEnum):
     NO_DAEMON = 3  # no daemon answers
     DIFFERENT = 4  # a verification found damage or a difference
     UNFINISHED = 5  # accepted and still being worked on, or not everything could be checked
+    UNHEALTHY = 6  # `dolmen why`: something is not as desired
     INTERRUPTED = 130  # by Ctrl-C; not of `dolmen up`, which Ctrl-C ends as it should: 0
 
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed; 2 usage; 3 no daemon answers; "
-    "4 verification found a difference; 5 accepted but not finished; 130 interrupted by Ctrl-C "
-    "(but 0 from `dolmen up`, which it stops)."
+    "4 verification found a difference; 5 accepted but not finished; 6 not healthy (why); "
+    "130 interrupted by Ctrl-C (but 0 from `dolmen up`, which it stops)."
 )
 
 

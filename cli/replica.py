@@ -8,6 +8,8 @@ Promises: ``verify`` exits 0 only when everything was compared and is the same.
 
 from __future__ import annotations
 
+import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +29,9 @@ from cli.output import (
 )
 from cli.volume import NameArgument, names, resync_text
 from control.client import Client, default_dir
+from control.sizes import format_size
+
+POLL_S = 0.1
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at replicas and verify them.")
 
@@ -81,6 +86,67 @@ def rebuild(
         show_json(view)
     else:
         print(f"replica {replica}: in sync")
+
+
+@app.command("replace")
+@user_errors
+def replace(
+    volume: NameArgument,
+    replica: Annotated[str, typer.Argument(help="The id of the replica that is gone.")],
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="NODE", help="The node for the new one. [default: the best]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until the new one is in sync.")] = True,
+    directory: DirOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Put a new replica on another node in the place of one that is gone, and fill it from the others.
+
+    What is left of the old one is deleted when all replicas are in sync and its node answers.
+    """
+    client = Client(directory or default_dir())
+    made = client.replace_replica(volume, replica, to=to, dry_run=dry_run, wait_s=0.0)
+    new, node = made["new"], made["node"]
+    if dry_run:
+        if output is Output.JSON:
+            show_json(made)
+        else:
+            size = format_size(made["size_bytes"])
+            print(f"would put {new} on {node} in the place of {replica} and fill it (volume of {size})")
+        return
+    if wait:
+        made["volume"] = _watch_filling(client, volume, new, bar=sys.stderr.isatty())
+    if output is Output.JSON:
+        show_json(made)
+    if new not in made["volume"]["membership"]["in_sync"]:
+        fail_unfinished(f"replica {new} on {node} takes the place of {replica}", made["volume"])
+    if output is Output.TABLE:
+        print(f"replica {new} on {node} is in sync; {replica} is gone")
+
+
+def _watch_filling(client: Client, volume: str, replica: str, *, bar: bool) -> dict[str, Any]:
+    """The volume's view as soon as ``replica`` is in sync, or nothing more happens by itself."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not bar) as progress:
+        task = progress.add_task(f"filling {replica}", total=None)
+        while True:
+            view = client.volume(volume)
+            resync = next((r["resync"] for r in view["replicas"] if r["id"] == replica), None)
+            if resync:
+                progress.update(task, completed=resync["regions_done"], total=resync["regions_total"] or None)
+            if replica in view["membership"]["in_sync"] or _is_stuck(view, replica):
+                return view
+            time.sleep(POLL_S)
+
+
+def _is_stuck(view: dict[str, Any], replica: str) -> bool:
+    """Nobody but an operator gets it further."""
+    placed = any(shown["id"] == replica for shown in view["replicas"])
+    asked = any(c["who"] == "operator" and replica in c["waits_for"] for c in view["conditions"])
+    return asked or (placed and view["state"] == "detached")
 
 
 @app.command("verify")

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import control.errors as _registered  # from_wire must know these classes too
-from control.layout import Layout
+from control.layout import Layout, read_daemon_json
 from protocol.errors import BadRequest, DaemonUnreachable, ProtocolViolation, Timeout, from_wire
 
 REQUEST_TIMEOUT_S = 15.0
@@ -94,6 +94,40 @@ class Client:
     def status(self) -> dict[str, Any]:
         return self.call("GET", "/v1/status")
 
+    def why(self, name: str = "") -> dict[str, Any]:
+        query: dict[str, Any] = {"name": name} if name else {}
+        return self.call("GET", "/v1/why", **query)
+
+    def why_no_daemon(self) -> dict[str, Any]:
+        """The finding about a daemon that does not answer, in the shape of the others."""
+        # Not at the top: only this rare path needs them, and the command starts faster without.
+        from control.leftovers import is_daemon_running
+        from control.processes import is_standing
+
+        pid = int(read_daemon_json(self.layout).get("pid") or 0)
+        reason, command, then = "daemon_down", f"`dolmen up --dir {self.layout.dir} --detach`", ""
+        text = f"the daemon of {self.layout.dir} is not running"
+        if is_daemon_running(self.layout):
+            reason, text = "daemon_silent", f"the daemon (pid {pid}) runs and does not answer"
+            command, then = f"`dolmen down --dir {self.layout.dir}`, then up again", "it may just be starting"
+            if pid and is_standing(pid):
+                reason, text = "daemon_frozen", f"the daemon (pid {pid}) is stopped by a signal (SIGSTOP)"
+                command, then = f"`kill -CONT {pid}`", ""
+        elif not self.layout.key.exists():
+            text = f"there is no cluster in {self.layout.dir}"
+        then = "; ".join(part for part in (then, "volumes are served meanwhile as they were") if part)
+        return {
+            "about": "the daemon",
+            "reason": reason,
+            "text": text,
+            "then": then if self.layout.key.exists() else "",
+            "command": command,
+            "who": "operator",
+            "since": "",
+            "because": "",
+            "concerns": [],
+        }
+
     def shutdown(self, *, everything: bool) -> None:
         self.call("POST", "/v1/shutdown", {"everything": everything})
 
@@ -122,6 +156,18 @@ class Client:
     def delete_volume(self, name: str, *, wait_s: float = WAIT_DEFAULT_S) -> dict[str, Any]:
         return self._waiting("DELETE", _volume(name), None, wait_s)
 
+    def recovery(self, name: str) -> dict[str, Any]:
+        return self.call("GET", _volume(name, "recovery"))
+
+    def recover(
+        self, name: str, members: list[str], lose: str, *, dry_run: bool, wait_s: float = WAIT_DEFAULT_S
+    ) -> dict[str, Any]:
+        order = {"members": members, "lose": lose, "dry_run": dry_run}
+        return self._waiting("POST", _volume(name, "recovery"), order, wait_s)
+
+    def withdraw_recovery(self, name: str) -> dict[str, Any]:
+        return self.call("DELETE", _volume(name, "recovery"))
+
     # Replicas, jobs, nodes
 
     def replicas(self, volume: str | None = None) -> list[dict[str, Any]]:
@@ -131,6 +177,18 @@ class Client:
 
     def rebuild_replica(self, volume: str, replica: str, *, wait_s: float = WAIT_DEFAULT_S) -> dict[str, Any]:
         return self._waiting("POST", _volume(volume, f"replicas/{_segment(replica)}/rebuild"), {}, wait_s)
+
+    def replace_replica(
+        self,
+        volume: str,
+        replica: str,
+        *,
+        to: str | None = None,
+        dry_run: bool = False,
+        wait_s: float = WAIT_DEFAULT_S,
+    ) -> dict[str, Any]:
+        path = _volume(volume, f"replicas/{_segment(replica)}/replace")
+        return self._waiting("POST", path, {"to": to, "dry_run": dry_run}, wait_s)
 
     def verify(self, volume: str) -> dict[str, Any]:
         """Starts a job; ``job`` asks about it."""

@@ -14,15 +14,21 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from control.documents import Document, Store, update
 from control.engines import EngineSlot
-from control.errors import NodeNotFound, ShuttingDown
-from control.executor import DETACH_WAITING, VolumeController, change_volume_spec
+from control.errors import NameNotFound, NodeNotFound, ShuttingDown
+from control.executor import (
+    DETACH_WAITING,
+    VolumeController,
+    change_volume_spec,
+    change_volume_status,
+)
 from control.layout import Layout
 from control.links import Link
 from control.model import (
@@ -39,19 +45,47 @@ from control.model import (
     NodeWanted,
     Volume,
     VolumeSpec,
+    VolumeStatus,
     dump,
     new_volume,
 )
-from control.observe import ask_engine, ask_servers, view_node, view_volume
+from control.observe import (
+    ServerSaid,
+    ask_engine,
+    ask_servers,
+    node_facts,
+    view_node,
+    view_volume,
+    volume_facts,
+)
 from control.placement import NodeSpace, place
 from control.processes import Programs, Running, running
-from control.reconcile import NodeState
+from control.reconcile import REPLACE_AFTER_S, NodeState
+from control.replacing import begin, check_node, choose_node, new_place, refuse_replacement
+from control.since import Since
 from control.stamp import StateStamp
 from control.supervisor import NodeSupervisor, disk_name
-from control.views import SERVING, NodeView, VolumeCreate, VolumeState, VolumeView
+from control.views import (
+    SERVING,
+    NodeView,
+    ReplacementView,
+    ReplicaReplace,
+    VolumeCreate,
+    VolumeState,
+    VolumeView,
+)
+from control.why import (
+    Facts,
+    Finding,
+    conditions_of_node,
+    conditions_of_volume,
+    explain,
+    relevant,
+)
 from protocol.errors import (
     BadRequest,
     Conflict,
+    DiskError,
     ShrinkRefused,
     StorageError,
     Unreachable,
@@ -71,6 +105,17 @@ SHUTDOWN_DETACH_S = 20.0
 acknowledged is lost."""
 
 
+LOOK_INTERVAL_S = 10.0
+"""How often the daemon looks at everything by itself: one question to each process, a few ms in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Looked:
+    servers: Mapping[str, ServerSaid]
+    views: list[VolumeView]
+    findings: list[Finding]
+
+
 class Cluster:
     """``start`` inside a task group that outlives every call; ``forget`` or ``stop_everything`` last."""
 
@@ -83,10 +128,12 @@ class Cluster:
         *,
         key: bytes,
         tasks: asyncio.TaskGroup,
+        replace_after_s: float = REPLACE_AFTER_S,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.layout = layout
         self.store = store
+        self.replace_after_s = replace_after_s
         self._stamp = stamp
         self.supervisors: dict[str, NodeSupervisor] = {}
         self.slots: dict[str, EngineSlot] = {}
@@ -98,6 +145,7 @@ class Cluster:
         self._locks: dict[str, asyncio.Lock] = {}
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = False
+        self._since = Since()
         self._log = structlog.get_logger()
 
     # Starting and ending
@@ -117,6 +165,7 @@ class Cluster:
             (KIND_ATTACHMENT, self._volume_changed),
         ):
             self._spawn(self._watch(kind, changed), name=f"watch {kind}")
+        self._spawn(self._keep_looking(), name="look")
 
     async def _ensure_node(self, name: str) -> None:
         path = str(self.layout.disk_dir(name))
@@ -233,6 +282,9 @@ class Cluster:
     def port(self, node: str) -> int:
         return self.supervisors[node].port if node in self.supervisors else 0
 
+    async def spare_node(self, volume: Volume) -> str:
+        return choose_node(volume, await self._spaces())
+
     # Volumes
 
     async def create_volume(self, wanted: VolumeCreate, *, wait_s: float) -> VolumeView:
@@ -246,7 +298,7 @@ class Cluster:
                 await self.store.put(document)
             else:
                 _refuse_other_spec(Volume(document), wanted)
-        return await self._view_when(wanted.name, lambda v: v.state is not VolumeState.CREATING, wait_s)
+        return await self.view_when(wanted.name, lambda v: v.state is not VolumeState.CREATING, wait_s)
 
     async def _spaces(self) -> list[NodeSpace]:
         servers = await ask_servers(self.supervisors.values())
@@ -279,7 +331,7 @@ class Cluster:
                     f"`dolmen volume detach {name}`, then attach it with --tcp.",
                     volume=name,
                 )
-        return await self._view_when(name, lambda v: v.state in SERVING, deadline_s - self._now())
+        return await self.view_when(name, lambda v: v.state in SERVING, deadline_s - self._now())
 
     async def _gone(self, name: str, deadline_s: float) -> None:
         """Wait for a detach that is under way. Raises VolumeInUse."""
@@ -314,7 +366,7 @@ class Cluster:
                 return not force  # it waits for an operator: no use in waiting with it
             return view.state not in SERVING | {VolumeState.DETACHING, VolumeState.ATTACHING}
 
-        return await self._view_when(name, reached, wait_s)
+        return await self.view_when(name, reached, wait_s)
 
     async def resize_volume(self, name: str, size_bytes: int, *, wait_s: float) -> VolumeView:
         async with self._lock(name):
@@ -334,7 +386,7 @@ class Cluster:
             engine_bytes = served.size_bytes if served else None
             return view.size_bytes >= size_bytes and (engine_bytes is None or engine_bytes >= size_bytes)
 
-        return await self._view_when(name, reached, wait_s)
+        return await self.view_when(name, reached, wait_s)
 
     async def delete_volume(self, name: str, *, wait_s: float) -> VolumeView | None:
         """None when it is gone; else what it waits for. Raises VolumeNotFound, VolumeInUse."""
@@ -346,7 +398,7 @@ class Cluster:
                 self.store, name, lambda spec: spec.model_copy(update={"deleting": True})
             )
         try:
-            return await self._view_when(name, lambda _: False, wait_s)
+            return await self.view_when(name, lambda _: False, wait_s)
         except VolumeNotFound:
             return None
 
@@ -373,7 +425,44 @@ class Cluster:
                 "replica.create", volume_id=volume_id, replica_id=replica_id, name=name, size_bytes=size_bytes
             )
             self._log.info("replica made anew", volume=name, replica=replica_id, node=node)
-        return await self._view_when(name, lambda v: replica_id in v.membership.in_sync, wait_s)
+        return await self.view_when(name, lambda v: replica_id in v.membership.in_sync, wait_s)
+
+    async def replace_replica(
+        self, name: str, replica_id: str, wanted: ReplicaReplace, *, wait_s: float
+    ) -> ReplacementView:
+        """Put a new replica on another node in the place of one that nobody counts on any more. What is
+        written first is finished by whoever plans next, whatever dies meanwhile. Raises BadRequest,
+        NodeNotFound, NotEnoughNodes."""
+        self._refuse_if_closing()
+        async with self._lock(name):
+            volume = await self._volume(name)
+            attached = await self._attachment(name) is not None
+            refuse_replacement(volume, replica_id, attached=attached)
+            if wanted.to is None:
+                node = await self.spare_node(volume)
+            elif wanted.to in self.supervisors:
+                node = wanted.to
+                check_node(volume, node, self.supervisors[node].state)
+            else:
+                raise NodeNotFound(node=wanted.to)
+            new = new_place(volume, node)
+            if not wanted.dry_run:
+                await begin(self.store, name, replica_id, new)
+                replacing = (await self._volume(name)).spec.replacing
+                new = replacing.new if replacing is not None else new
+
+        def reached(view: VolumeView) -> bool:
+            return wanted.dry_run or new.id in view.membership.in_sync
+
+        view = await self.view_when(name, reached, wait_s)
+        return ReplacementView(
+            old=replica_id,
+            new=new.id,
+            node=new.node,
+            dry_run=wanted.dry_run,
+            size_bytes=volume.status.size_bytes,
+            volume=view,
+        )
 
     async def volume(self, name: str) -> VolumeView:
         """Raises VolumeNotFound."""
@@ -384,25 +473,69 @@ class Cluster:
 
     async def _views(self, volumes: list[Volume]) -> list[VolumeView]:
         needed = {place.node for volume in volumes for place in volume.spec.replicas}
-        servers = await ask_servers(s for name, s in self.supervisors.items() if name in needed)
-        return [
-            await self._view(volume, servers, engine)
-            for volume, engine in zip(
-                volumes, await asyncio.gather(*(self._ask(v.name) for v in volumes)), strict=True
-            )
-        ]
+        looked = await self._look(volumes, needed)
+        return looked.views
 
-    async def _view(
-        self, volume: Volume, servers: Mapping[str, Any], engine: Mapping[str, Any] | None
-    ) -> VolumeView:
-        attachment = await self._attachment(volume.name)
-        pid = self.slots[volume.name].pid if volume.name in self.slots else None
-        return view_volume(volume, attachment, pid, servers, self.supervisors, engine, self.layout)
+    async def _look(self, volumes: list[Volume], nodes: Collection[str], *, all_: bool = False) -> _Looked:
+        """Ask everybody concerned at once, and explain what is not as desired. ``all_``: these are all."""
+        asked = [s for name, s in self.supervisors.items() if name in nodes]
+        servers, engines, attachments = await asyncio.gather(
+            ask_servers(asked),
+            asyncio.gather(*(self._ask(volume.name) for volume in volumes)),
+            asyncio.gather(*(self._attachment(volume.name) for volume in volumes)),
+        )
+        known_ids = {volume.spec.volume_id for volume in volumes} if all_ else None
+        facts = []
+        for volume, engine, attachment in zip(volumes, engines, attachments, strict=True):
+            slot = self.slots.get(volume.name)
+            pid = slot.pid if slot else None
+            view = view_volume(volume, attachment, pid, servers, self.supervisors, engine, self.layout)
+            facts.append(volume_facts(volume, attachment, slot, servers, engine, view))
+        node_list = [node_facts(s, servers[s.name], self.layout, known_ids) for s in asked]
+        explained = explain(Facts(node_list, facts))
+        if all_:
+            self._log_new(explained)
+        findings = self._since.stamp(explained, time.time())
+        views = [
+            fact.view.model_copy(update={"conditions": conditions_of_volume(fact.view, findings)})
+            for fact in facts
+        ]
+        return _Looked(servers, views, findings)
+
+    def _log_new(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            if not finding.because and self._since.is_new(finding):
+                self._log.warning("not as desired", about=finding.about, text=finding.text)
+
+    async def why(self, name: str = "") -> list[Finding]:
+        """What is not as desired, root causes first; of one node, volume or replica, or of all. While the
+        state store fails, that alone. Raises NameNotFound."""
+        try:
+            volumes = [Volume(document) for document in await self.store.list(KIND_VOLUME)]
+            looked = await self._look(volumes, self.supervisors.keys(), all_=True)
+        except DiskError as error:
+            facts = Facts(store_error=str(error))
+            return self._since.stamp(explain(facts), time.time())
+        if not name:
+            return looked.findings
+        known = {place.id for volume in volumes for place in volume.spec.replicas}
+        if name not in known | self.supervisors.keys() | {volume.name for volume in volumes}:
+            raise NameNotFound(name=name[:100])
+        return relevant(looked.findings, name)
+
+    async def _keep_looking(self) -> None:
+        """So that it is known since when something is so, though nobody asked."""
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL_S)
+            try:
+                await self.why()
+            except Exception:  # noqa: BLE001 - a bug in looking must not end what is looked at
+                self._log.exception("looking failed by a bug")
 
     async def _ask(self, name: str) -> Mapping[str, Any] | None:
         return await ask_engine(self.slots[name]) if name in self.slots else None
 
-    async def _view_when(self, name: str, reached: Callable[[VolumeView], bool], wait_s: float) -> VolumeView:
+    async def view_when(self, name: str, reached: Callable[[VolumeView], bool], wait_s: float) -> VolumeView:
         """The view as soon as ``reached``; or as it is after ``wait_s``, its conditions say why not."""
         deadline_s = self._now() + wait_s
         interval_s = POLL_FIRST_S
@@ -433,6 +566,12 @@ class Cluster:
         attachments = await self.store.list(KIND_ATTACHMENT)
         return frozenset(nodes) | {Attachment(document).status.tcp_port for document in attachments}
 
+    async def write_membership(self, name: str, change: Callable[[VolumeStatus], VolumeStatus]) -> None:
+        """Change what opening a volume rests on. Durable when it returns, the stamp too. Raises
+        VolumeNotFound, DiskError, and what ``change`` raises."""
+        stored = await change_volume_status(self.store, name, change)
+        await self._stamp.advance(stored.revision)
+
     def _refuse_if_closing(self) -> None:
         if self._closing:
             raise ShuttingDown()
@@ -447,11 +586,12 @@ class Cluster:
     # Nodes
 
     async def nodes(self) -> list[NodeView]:
-        servers = await ask_servers(self.supervisors.values())
-        return [
-            view_node(self.supervisors[name], servers[name], self.layout)
-            for name in sorted(self.supervisors, key=_by_number)
-        ]
+        looked = await self._look([], self.supervisors.keys())
+        return [self._view_node(name, looked) for name in sorted(self.supervisors, key=_by_number)]
+
+    def _view_node(self, name: str, looked: _Looked) -> NodeView:
+        view = view_node(self.supervisors[name], looked.servers[name], self.layout)
+        return view.model_copy(update={"conditions": conditions_of_node(name, looked.findings)})
 
     async def set_node(self, name: str, wanted: NodeWanted, *, kill: bool, wait_s: float) -> NodeView:
         """Start or stop a node's replica server, and remember it. Raises NodeNotFound."""
@@ -469,8 +609,7 @@ class Cluster:
         while supervisor.state is not goal and self._now() < deadline_s:
             await asyncio.sleep(interval_s)
             interval_s = min(POLL_MAX_S, interval_s * 1.3)
-        servers = await ask_servers([supervisor])
-        return view_node(supervisor, servers[name], self.layout)
+        return self._view_node(name, await self._look([], [name]))
 
     async def waits_for(self) -> list[str]:
         """What is not as wanted: nodes that should serve, volumes that should be served."""

@@ -35,6 +35,7 @@ from control.layout import Layout, make_secret, prepare_runtime_dir, read_daemon
 from control.listeners import choose_port, is_free
 from control.model import NODES_MAX
 from control.processes import Programs
+from control.reconcile import REPLACE_AFTER_S
 from control.routes import System
 from control.state import open_state
 from protocol.errors import BadRequest, StorageError
@@ -49,10 +50,19 @@ log = structlog.get_logger()
 class Daemon:
     """``run`` is its whole life."""
 
-    def __init__(self, layout: Layout, *, node_count: int, port: int, programs: Programs) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        node_count: int,
+        port: int,
+        programs: Programs,
+        replace_after_s: float = REPLACE_AFTER_S,
+    ) -> None:
         self.layout = layout
         self._node_count = node_count
         self._port = port
+        self._replace_after_s = replace_after_s
         self._programs = programs
         self._stop = asyncio.Event()
         self._everything = False
@@ -75,7 +85,15 @@ class Daemon:
             calls = EngineCalls(store, stamp)
             await undo.enter_async_context(serve_engines(layout.engine_rpc_socket, calls))
             async with asyncio.TaskGroup() as tasks:
-                cluster = Cluster(layout, store, stamp, self._programs, key=key, tasks=tasks)
+                cluster = Cluster(
+                    layout,
+                    store,
+                    stamp,
+                    self._programs,
+                    key=key,
+                    tasks=tasks,
+                    replace_after_s=self._replace_after_s,
+                )
                 jobs = Jobs(cluster, tasks)
                 system = System(cluster, jobs, self.shut_down, started_at_s=time.monotonic())
                 await cluster.start(self._node_count)
@@ -150,8 +168,12 @@ def configure_log() -> None:
     )
 
 
-async def serve(layout: Layout, *, node_count: int, port: int, programs: Programs) -> None:
-    daemon = Daemon(layout, node_count=node_count, port=port, programs=programs)
+async def serve(
+    layout: Layout, *, node_count: int, port: int, programs: Programs, replace_after_s: float
+) -> None:
+    daemon = Daemon(
+        layout, node_count=node_count, port=port, programs=programs, replace_after_s=replace_after_s
+    )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.shut_down, False)
@@ -163,6 +185,12 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, required=True, help="the cluster's directory")
     parser.add_argument("--nodes", type=int, default=3, help=f"local nodes, 1 to {NODES_MAX}")
     parser.add_argument("--port", type=int, default=0, help="TCP port of the REST API on 127.0.0.1")
+    parser.add_argument(
+        "--replace-after-s",
+        type=float,
+        default=REPLACE_AFTER_S,
+        help="how long a replica may be gone until another node gets a new one; 0: never",
+    )
     return run(parser.parse_args(), Programs())
 
 
@@ -172,9 +200,19 @@ def run(options: argparse.Namespace, programs: Programs) -> int:
     try:
         if not 1 <= options.nodes <= NODES_MAX:
             raise BadRequest(reason=f"--nodes is 1 to {NODES_MAX}")
+        if not 0 <= options.replace_after_s < float("inf"):
+            raise BadRequest(reason="--replace-after-s is a number of seconds, 0 for never")
         layout.prepare()
         with only_one(layout):
-            asyncio.run(serve(layout, node_count=options.nodes, port=options.port, programs=programs))
+            asyncio.run(
+                serve(
+                    layout,
+                    node_count=options.nodes,
+                    port=options.port,
+                    programs=programs,
+                    replace_after_s=options.replace_after_s,
+                )
+            )
     except BlockingIOError:
         log.error("another daemon runs here", dir=str(layout.dir))
         return EXIT_ALREADY_RUNNING

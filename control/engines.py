@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,9 @@ import structlog
 from control.layout import Layout, prepare_runtime_dir, write_private
 from control.links import Link, engine_link
 from control.listeners import listen_tcp, listen_unix
-from control.processes import Process, Programs, Running, adopt, find, spawn
+from control.processes import Process, Programs, Running, adopt, find, is_standing, last_words, spawn
 from control.reconcile import EngineSeen
+from control.why import ProcessFacts
 from protocol.errors import NotEnoughReplicas, StorageError
 
 HELLO_INTERVAL_S = 0.02
@@ -42,6 +44,11 @@ after two of them in a row the next one waits. Longer would slow down one that o
 RESTART_WAIT_FIRST_S = 0.1
 RESTART_WAIT_MAX_S = 1.0
 """The contract wants I/O within 2 s after a kill, so a crash loop is slowed only this much."""
+
+ENDS_WINDOW_S = 60.0
+ENDS_KEPT_MAX = 32
+"""Ends of engines that nobody asked for: within the window they are told as a reason, and as a crash loop
+when they are many. More than 32 tell nothing more."""
 
 VOLUME_WAITING = "waiting"
 """An engine's word for: I/O waits for replicas."""
@@ -103,6 +110,9 @@ class EngineSlot:
         self._quick_deaths = 0
         self._start_not_before_s = 0.0
         self._ending_on_purpose = False
+        self._last_how = ""
+        self._last_code: int | None = None
+        self._ends_at_s: deque[float] = deque(maxlen=ENDS_KEPT_MAX)  # not on purpose
         self._log = structlog.get_logger().bind(volume=name)
 
     @property
@@ -249,6 +259,8 @@ class EngineSlot:
         if self._ending_on_purpose or code == 0:
             self.last_end, self._quick_deaths = "", 0
         else:
+            self._last_how, self._last_code = how.removeprefix("was ").removeprefix("ended with "), code
+            self._ends_at_s.append(self._now())
             self.last_end = f"{how} after {lived_s:.1f} s; its log: {self._layout.engine_log(self.name)}"
             quick = lived_s < QUICK_DEATH_S or not self._answering
             self._quick_deaths = self._quick_deaths + 1 if quick else 0
@@ -288,6 +300,23 @@ class EngineSlot:
         except TimeoutError:
             self._log.warning("engine lingered after a detach", pid=process.pid)
             await process.kill()
+
+    def process_facts(self, *, answers: bool) -> ProcessFacts:
+        log = self._layout.engine_log(self.name)
+        now_s, pid = self._now(), self.pid
+        recent = [at_s for at_s in self._ends_at_s if now_s - at_s <= ENDS_WINDOW_S]
+        return ProcessFacts(
+            pid=pid,
+            answers=answers,
+            starting=pid is not None and not self._answering,
+            standing=not answers and pid is not None and is_standing(pid),
+            how=self._last_how if recent else "",
+            ended_ago_s=now_s - recent[-1] if recent else 0.0,
+            exit_code=self._last_code if recent else None,
+            ends=len(recent),
+            last_words=last_words(log) if recent and self._last_code not in (None, 0) else "",
+            log=os.fspath(log),
+        )
 
     async def _refuse_if_waiting(self, link: Link) -> None:
         try:

@@ -11,6 +11,12 @@ class NodeNotFound(StorageError):
     code = "node_not_found"
 
 
+class NameNotFound(StorageError):
+    """There is no node, volume or replica {name}. `dolmen status` lists what exists."""
+
+    code = "name_not_found"
+
+
 class JobNotFound(StorageError):
     """There is no job {job}; finished jobs are forgotten when the daemon restarts. Start it again."""
 

@@ -37,24 +37,30 @@ from control.model import (
     dump,
 )
 from control.reconcile import (
+    GONE_LOOK_INTERVAL_S,
     Action,
+    BeginReplacement,
     CreateReplica,
     DeleteReplica,
     DetachEngine,
+    DropReplacement,
     EndEngine,
     GrantEpoch,
     GrowEngine,
     NodeState,
     Plan,
     RemoveAttachment,
+    RemoveRetired,
     RemoveSockets,
     RemoveVolume,
     ResizeReplica,
     Seen,
     SetSize,
     StartEngine,
+    SwapReplica,
     plan,
 )
+from control.replacing import GoneWatch, begin, drop, forget_retired, new_place, remove_retired, swap
 from control.stamp import StateStamp
 from control.trust import NEWER_EPOCH, distrusted, grant_keys
 from protocol.errors import Conflict, NotEnoughReplicas, StorageError, Unreachable, VolumeNotFound
@@ -94,6 +100,12 @@ class Nodes(Protocol):
 
     def port(self, node: str) -> int: ...
     async def taken_ports(self) -> frozenset[int]: ...
+    async def spare_node(self, volume: Volume) -> str:
+        """The best node without a replica of it. Raises NotEnoughNodes."""
+        ...
+
+    @property
+    def replace_after_s(self) -> float: ...
 
 
 @dataclass(slots=True)
@@ -126,6 +138,7 @@ class VolumeController:
         self._wake = asyncio.Event()
         self._failures: dict[Action, _Failure] = {}
         self._settled = asyncio.Condition()
+        self._gone = GoneWatch(now)
         self._log = structlog.get_logger().bind(volume=name)
 
     def wake(self) -> None:
@@ -182,7 +195,11 @@ class VolumeController:
         await self._read()
         if self.volume is None:
             return Plan()
+        if self.attachment is not None:
+            await self._gone.look(self.volume, self._nodes)
         made = plan(self.volume, self.attachment, self._seen())
+        if self._gone.watching:
+            made.wake(GONE_LOOK_INTERVAL_S)
         self._hold_back(made)
         # At once: a note costs a write to disk, and an engine that was killed is waited for.
         await asyncio.gather(self._note(made.conditions), *(self._do(action) for action in made.actions))
@@ -202,6 +219,8 @@ class VolumeController:
             engine_wait_s=self.engine.wait_s,
             engine_end=self.engine.last_end,
             sockets=self.engine.has_sockets,
+            gone_s=self._gone.gone_s(),
+            replace_after_s=self._nodes.replace_after_s,
         )
 
     def _hold_back(self, made: Plan) -> None:
@@ -303,9 +322,29 @@ class VolumeController:
                 self.engine.remove_sockets()
             case RemoveAttachment():
                 await self._store.delete(KIND_ATTACHMENT, self.name)
+            case BeginReplacement(old):
+                place = new_place(volume, await self._nodes.spare_node(volume))
+                await begin(self._store, self.name, old, place)
+            case DropReplacement(old):
+                await drop(self._store, self.name, old)
+            case SwapReplica(old, new_id):
+                await self._swap_replica(volume, old, new_id)
+            case RemoveRetired(replica_id, node):
+                await remove_retired(self._nodes.link(node), volume, replica_id)
+                await forget_retired(self._store, self.name, replica_id)
             case RemoveVolume():
                 self.engine.remove_files()
                 await self._store.delete(KIND_VOLUME, self.name)
+
+    async def _swap_replica(self, volume: Volume, old: str, new_id: str) -> None:
+        """The order is what makes it safe: see ``control/reconcile.py``, steps 10 and 11."""
+        replacing = volume.spec.replacing
+        assert replacing is not None and replacing.new.id == new_id
+        if self.engine.link is not None:
+            node = replacing.new.node
+            address = {"id": new_id, "node": node, "host": LOOPBACK, "port": self._nodes.port(node)}
+            await self._call_engine("engine.replace_replica", old=old, new=address)
+        await swap(self._store, self.name, old)
 
     async def _replica_has(self, replica_id: str, size_bytes: int) -> None:
         await self._change_status(

@@ -14,6 +14,7 @@ HTTP_STATUS: Mapping[str, int] = {
     "disk_refused": 500,
     "internal": 500,
     "job_not_found": 404,
+    "name_not_found": 404,
     "no_space": 507,
     "no_such_route": 404,
     "node_not_found": 404,

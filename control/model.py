@@ -95,10 +95,19 @@ class DiskStatus(Model):
 
 
 class ReplicaPlace(Model):
-    """Where one replica of a volume lives. Decided once, when the volume is created."""
+    """Where one replica of a volume lives. Decided once, when it is created: one that is to live elsewhere is
+    another replica, with another id."""
 
     id: str
     node: Name
+
+
+class Replacement(Model):
+    """A replica that is gone gives its place to a new one. Written first; gone when ``new`` stands among the
+    replicas. See ``control.replacing``."""
+
+    old: str
+    new: ReplicaPlace
 
 
 class VolumeSpec(Model):
@@ -106,6 +115,8 @@ class VolumeSpec(Model):
     size_bytes: SizeBytes
     replicas: tuple[ReplicaPlace, ...]
     deleting: bool = False
+    replacing: Replacement | None = None
+    replica_number: int = 0  # the highest that a replica's id ever had; 0: as many as there are
 
 
 class Record(Model):
@@ -155,6 +166,7 @@ class VolumeStatus(Model):
     forked: tuple[str, ...] = ()  # replicas whose history was given up: they may hold writes nobody else has
     override: Override | None = None
     left_at: dict[str, str] = {}  # by replica id, not in sync: when a record first left it out
+    retired: tuple[ReplicaPlace, ...] = ()  # replaced; what is left of them goes once all others are well
     deleted: tuple[str, ...] = ()  # replicas that are gone, while the volume is being deleted
     conditions: tuple[Condition, ...] = ()
 
@@ -188,6 +200,12 @@ class Volume:
     @property
     def membership(self) -> MembershipRecord:
         return record_of(self.status)
+
+    @property
+    def places(self) -> tuple[ReplicaPlace, ...]:
+        """Wherever something of this volume may lie: its replicas, the one being made, those replaced."""
+        coming = (self.spec.replacing.new,) if self.spec.replacing is not None else ()
+        return (*self.spec.replicas, *coming, *self.status.retired)
 
     def node_of(self, replica_id: str) -> str:
         return next(place.node for place in self.spec.replicas if place.id == replica_id)

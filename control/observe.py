@@ -8,7 +8,7 @@ as not answering, and nobody waits for it. Changes nothing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -17,7 +17,7 @@ from control.engines import EngineSlot
 from control.layout import Layout
 from control.links import ASK_TIMEOUT_S
 from control.listeners import LOOPBACK
-from control.model import Attachment, Condition, Volume, Who
+from control.model import Attachment, Volume
 from control.supervisor import NodeSupervisor
 from control.views import (
     SERVING,
@@ -30,6 +30,7 @@ from control.views import (
     VolumeState,
     VolumeView,
 )
+from control.why import NodeFacts, ProcessFacts, VolumeFacts
 from protocol.errors import StorageError
 
 
@@ -150,7 +151,49 @@ def view_volume(
         membership=_membership(volume, engine),
         engine=_engine_view(engine_pid, volume, engine),
         replicas=replicas,
-        conditions=[*volume.status.conditions, *_replica_conditions(replicas, state, supervisors)],
+        conditions=list(volume.status.conditions),
+    )
+
+
+def volume_facts(
+    volume: Volume,
+    attachment: Attachment | None,
+    slot: EngineSlot | None,
+    servers: Mapping[str, ServerSaid],
+    engine: Mapping[str, Any] | None,
+    view: VolumeView,
+) -> VolumeFacts:
+    by_engine = _by_engine(engine)
+    offline = {id_: r for id_, r in by_engine.items() if r.get("state") == "offline"}
+    status = volume.status
+    return VolumeFacts(
+        view=view,
+        attached=attachment is not None,
+        process=slot.process_facts(answers=engine is not None) if slot else ProcessFacts(),
+        said={place.id: _said(volume, place.node, servers) for place in volume.spec.replicas},
+        offline=frozenset(offline),
+        reasons={id_: str(r.get("reason") or "") for id_, r in offline.items()},
+        distrust=status.distrust,
+        override=status.override,
+        forked=status.forked,
+        left_at=status.left_at,
+    )
+
+
+def node_facts(
+    supervisor: NodeSupervisor, said: ServerSaid, layout: Layout, known_ids: Collection[str] | None
+) -> NodeFacts:
+    """``known_ids``: of all volumes; None: not all are looked at."""
+    held = said.volumes or {}
+    strays = [v for id_, v in held.items() if known_ids is not None and id_ not in known_ids]
+    return NodeFacts(
+        name=supervisor.name,
+        state=supervisor.state,
+        process=supervisor.process_facts(answers=said.volumes is not None),
+        path=str(layout.disk_dir(supervisor.name)),
+        space_total_bytes=said.space_total_bytes,
+        space_free_bytes=said.space_free_bytes,
+        strays=tuple(sorted(str(stray.get("path")) for stray in strays)),
     )
 
 
@@ -179,6 +222,21 @@ def _engine_view(pid: int | None, volume: Volume, engine: Mapping[str, Any] | No
     )
 
 
+def _by_engine(engine: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """By replica id, what the engine says of it."""
+    listed = engine.get("replicas") if engine else None
+    return {str(r.get("id")): r for r in listed if isinstance(r, dict)} if isinstance(listed, list) else {}
+
+
+def _said(volume: Volume, node: str, servers: Mapping[str, ServerSaid]) -> Mapping[str, Any] | None:
+    """replica.inspect, or None when its server does not answer."""
+    volumes = servers.get(node, ServerSaid()).volumes
+    if volumes is None:
+        return None
+    missing = {"state": "missing", "reason": "the replica server does not hold it (yet)"}
+    return volumes.get(volume.spec.volume_id, missing)
+
+
 def _replica_views(
     volume: Volume,
     servers: Mapping[str, ServerSaid],
@@ -186,14 +244,10 @@ def _replica_views(
     engine: Mapping[str, Any] | None,
     layout: Layout,
 ) -> list[ReplicaView]:
-    listed = engine.get("replicas") if engine else None
-    by_engine = {r.get("id"): r for r in listed if isinstance(r, dict)} if isinstance(listed, list) else {}
+    by_engine = _by_engine(engine)
     views = []
     for place in volume.spec.replicas:
-        volumes = servers.get(place.node, ServerSaid()).volumes
-        said = volumes.get(volume.spec.volume_id, {}) if volumes is not None else None
-        if said == {}:
-            said = {"state": "missing", "reason": "the replica server does not hold it (yet)"}
+        said = _said(volume, place.node, servers)
         state, reason = replica_state(place.id, volume, by_engine.get(place.id), said)
         supervisor = supervisors.get(place.node)
         path = layout.disk_dir(place.node) / "replicas" / volume.spec.volume_id
@@ -212,29 +266,6 @@ def _replica_views(
             )
         )
     return views
-
-
-def _replica_conditions(
-    replicas: Iterable[ReplicaView], state: VolumeState, supervisors: Mapping[str, NodeSupervisor]
-) -> Iterator[Condition]:
-    """Why a volume is not fully redundant: one line per replica that is not in sync."""
-    if state in (VolumeState.CREATING, VolumeState.DELETING):
-        return  # the stored conditions say what those wait for
-    for replica in replicas:
-        if replica.state is ReplicaState.IN_SYNC:
-            continue
-        what = f"replica {replica.id} on {replica.node}"
-        supervisor = supervisors.get(replica.node)
-        node = supervisor.condition if supervisor else None
-        if node is not None:
-            stopped = ", which is stopped" if node.who is Who.OPERATOR else ""
-            yield node.model_copy(update={"waits_for": f"{what}{stopped}: {node.waits_for}"})
-        elif state is VolumeState.DETACHED:
-            waits_for = f"{what} to be resynced, which happens while the volume is attached"
-            yield Condition(reason="replica_stale", waits_for=waits_for, who=Who.OPERATOR)
-        else:
-            waits_for = f"{what} to be in sync again (now {replica.state.value})"
-            yield Condition(reason=f"replica_{replica.state.value}", waits_for=waits_for, who=Who.DOLMEN)
 
 
 def _resync(said: Mapping[str, Any] | None) -> ResyncView | None:
@@ -262,7 +293,7 @@ def view_node(supervisor: NodeSupervisor, said: ServerSaid, layout: Layout) -> N
         space_total_bytes=said.space_total_bytes,
         space_free_bytes=said.space_free_bytes,
         replica_count=len(said.volumes) if said.volumes is not None else None,
-        conditions=[supervisor.condition] if supervisor.condition else [],
+        conditions=[],
     )
 
 

@@ -24,6 +24,10 @@ LOG_BYTES_MAX = 4 * 1024 * 1024
 ARGV_BYTES_MAX = 64 * 1024
 """Of /proc/PID/cmdline: ours are below 1 KiB, others do not matter."""
 
+LAST_WORDS_BYTES_MAX = 4096
+LAST_WORDS_CHARS_MAX = 300
+"""Of a log, for a sentence that people read."""
+
 SMALL_MEMORY = {
     # glibc keeps one arena per thread and core otherwise; each costs megabytes that stay.
     "MALLOC_ARENA_MAX": "2",
@@ -126,6 +130,27 @@ def rotate(log: Path) -> None:
             log.replace(log.with_name(log.name + ".1"))
     except FileNotFoundError:
         pass
+
+
+def is_standing(pid: int) -> bool:
+    """Stopped by a signal or a debugger: it lives, and does nothing."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rsplit(b")", 1)[1].split()[0] in (b"T", b"t")
+    except (OSError, IndexError):
+        return False
+
+
+def last_words(log: Path) -> str:
+    """The last line of a log, without its date: why a process ended, if it said so."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_WORDS_BYTES_MAX))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    said = next((line for line in reversed(lines) if line), "")
+    return said.rpartition(" ERROR ")[2][:LAST_WORDS_CHARS_MAX]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,19 @@ Why this order is safe:
 6   attachment marked ``detaching``                the engine is asked again (repeatable)
 7   the engine ended: sockets removed              an attachment without engine: removed next
 8   volume marked ``deleting``                     replicas are deleted (repeatable), then the document
+9   ``replacing`` written: old id, new place       the new replica is created next (repeatable)
+10  engine told: old's slot is new's               told again (repeatable); one that restarts knows the old
+11  document: new stands in old's place, unless    the engine, or the next one, fills it; what is left of old
+    a record names old (compare-and-swap)          is noted as ``retired``
+12  all in sync: ``retired`` is deleted there      deleted again (repeatable)
 ==  =============================================  ==============================================
 
 Growing: replicas first, then ``status.size_bytes``, then the engine: an engine never serves a size
 that an in-sync replica does not have, and one that restarts in the middle never serves less than
 before.
+
+Replacing: step 10 comes before step 11, so that from 11 on nobody can add the old replica to a record any
+more: the engine has forgotten it, and the state store refuses records that name it.
 """
 
 from __future__ import annotations
@@ -39,6 +47,13 @@ from control.model import Attachment, Condition, Volume, Who
 ENGINE_SILENT_MAX_S = 15.0
 """An engine that lives but answers no control call for this long is ended and replaced: it also
 cannot change membership. Longer than any pause we know (a page-cache flush on a slow disk)."""
+
+REPLACE_AFTER_S = 600.0
+"""How long a replica's server or disk may be gone until another node gets a new one: longer than a reboot or
+a change of a cable, and shorter than the next failure is likely to take. `dolmen up --replace-after`."""
+
+GONE_LOOK_INTERVAL_S = 5.0
+"""How often it is looked whether a replica that is not in sync is gone, or back."""
 
 ENGINE_CHECK_INTERVAL_S = 1.0
 """How soon a silent engine is looked at again."""
@@ -71,6 +86,8 @@ class Seen:
     engine_wait_s: float = 0.0  # until a dead engine may be started again
     engine_end: str = ""  # how the last one ended, for people
     sockets: bool = False  # listening sockets or their files exist
+    gone_s: Mapping[str, float] = field(default_factory=dict)  # by replica id: its server or disk is gone
+    replace_after_s: float = REPLACE_AFTER_S  # 0: never
 
 
 # Actions. Values; the executor has one function for each.
@@ -141,6 +158,34 @@ class RemoveVolume:
     pass
 
 
+@dataclass(frozen=True, slots=True)
+class BeginReplacement:
+    """Choose a node, and write that ``old`` is to be replaced there."""
+
+    old: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropReplacement:
+    """``old`` is named in sync again."""
+
+    old: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReplica:
+    """Tell the engine, if there is one, then the document."""
+
+    old: str
+    new_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveRetired:
+    replica_id: str
+    node: str
+
+
 Action = (
     CreateReplica
     | ResizeReplica
@@ -154,6 +199,10 @@ Action = (
     | RemoveSockets
     | RemoveAttachment
     | RemoveVolume
+    | BeginReplacement
+    | DropReplacement
+    | SwapReplica
+    | RemoveRetired
 )
 
 
@@ -186,6 +235,8 @@ def plan(volume: Volume, attachment: Attachment | None, seen: Seen) -> Plan:
         return made
     _create(made, volume, seen)
     _grow(made, volume, seen)
+    _replace(made, volume, attachment, seen)
+    _remove_retired(made, volume, seen)
     if attachment is not None and not attachment.spec.detaching:
         _serve(made, volume, seen)
     return made
@@ -207,7 +258,7 @@ def _close(made: Plan, attachment: Attachment | None, seen: Seen) -> None:
 
 def _delete(made: Plan, volume: Volume, seen: Seen) -> None:
     waiting = False
-    for place in volume.spec.replicas:
+    for place in volume.places:
         if place.id in volume.status.deleted:
             continue
         waiting = True
@@ -246,6 +297,68 @@ def _grow(made: Plan, volume: Volume, seen: Seen) -> None:
     if served_bytes is not None and served_bytes < volume.status.size_bytes:
         made.actions.append(GrowEngine(volume.status.size_bytes))
         made.wait("growing", "the engine to serve the new size")
+
+
+def _replace(made: Plan, volume: Volume, attachment: Attachment | None, seen: Seen) -> None:
+    replacing = volume.spec.replacing
+    if replacing is None:
+        if attachment is not None and not attachment.spec.detaching:
+            _replace_gone(made, volume, seen)
+        return
+    new = replacing.new
+    if replacing.old in volume.status.record.in_sync:
+        made.actions.append(DropReplacement(replacing.old))
+        return
+    made.wait("replica_replacing", f"replica {replacing.old} to be replaced by {new.id} on {new.node}")
+    if new.id not in volume.status.replica_size_bytes:
+        if _up(made, seen, new.node, f"replica {new.id} can be created"):
+            made.actions.append(CreateReplica(new.id, new.node, volume.status.size_bytes))
+        return
+    engine = seen.engine
+    serving = engine is not None and engine.answering and engine.epoch == volume.status.epoch
+    # An engine that is about to be granted an epoch, or to say which it has, still goes by the old list.
+    if serving or (attachment is None and engine is None):
+        made.actions.append(SwapReplica(replacing.old, new.id))
+
+
+def _replace_gone(made: Plan, volume: Volume, seen: Seen) -> None:
+    """A replica whose server or disk is gone for long is replaced, if a node has no replica yet."""
+    if not seen.replace_after_s:
+        return
+    used = {place.node for place in volume.places}
+    spare = [node for node, state in seen.nodes.items() if state is NodeState.UP and node not in used]
+    for place in volume.spec.replicas:
+        gone_s = seen.gone_s.get(place.id)
+        if gone_s is None or place.id in volume.status.record.in_sync:
+            continue
+        if not spare:
+            made.wait(
+                "no_spare_node",
+                f"replica {place.id} on {place.node} to come back, or a node without a replica of "
+                f"{volume.name} for a new one: `dolmen down`, then `dolmen up --nodes {len(seen.nodes) + 1}`",
+                Who.OPERATOR,
+            )
+        elif gone_s >= seen.replace_after_s:
+            made.actions.append(BeginReplacement(place.id))
+            return  # one at a time
+        else:
+            made.wait(
+                "replica_gone",
+                f"replica {place.id} on {place.node} to come back; after {seen.replace_after_s:.0f} s "
+                f"another node gets a new one; at once: `dolmen replica replace {volume.name} {place.id}`",
+            )
+            made.wake(seen.replace_after_s - gone_s)
+
+
+def _remove_retired(made: Plan, volume: Volume, seen: Seen) -> None:
+    """Only when every replica is well: until then an old copy may be the last resort of somebody."""
+    if volume.spec.replacing is not None:
+        return
+    if not {place.id for place in volume.spec.replicas} <= set(volume.status.record.in_sync):
+        return
+    for place in volume.status.retired:
+        if seen.nodes.get(place.node) is NodeState.UP:
+            made.actions.append(RemoveRetired(place.id, place.node))
 
 
 def _serve(made: Plan, volume: Volume, seen: Seen) -> None:

@@ -18,16 +18,21 @@ import control
 from control.cluster import Cluster
 from control.jobs import Jobs
 from control.model import NodeWanted
+from control.recovering import recover, show_recovery, withdraw
+from control.recovery import Recovery, RecoveryOrder
 from control.views import (
     DaemonView,
     Empty,
+    FindingView,
     Health,
     JobList,
     JobView,
     NodeList,
     NodeStop,
     NodeView,
+    ReplacementView,
     ReplicaList,
+    ReplicaReplace,
     Shutdown,
     StatusView,
     VolumeAttach,
@@ -37,6 +42,7 @@ from control.views import (
     VolumeList,
     VolumeResize,
     VolumeView,
+    WhyView,
 )
 
 
@@ -76,6 +82,7 @@ class Route:
 QUERY_MEANING = {
     "wait_s": "seconds to wait until the goal is reached; the answer then says how far it is",
     "volume": "only this volume",
+    "name": "only what concerns this node, volume or replica",
 }
 
 
@@ -96,6 +103,12 @@ async def _status(system: System, request: Request) -> StatusView:
     )
     nodes = await system.cluster.nodes()
     return StatusView(daemon=daemon, nodes=nodes, volumes=await system.cluster.volumes())
+
+
+async def _why(system: System, request: Request) -> WhyView:
+    findings = await system.cluster.why(request.query.get("name", ""))
+    views = [FindingView.model_validate(finding.model_dump()) for finding in findings]
+    return WhyView(healthy=not findings, findings=views)
 
 
 async def _volume_list(system: System, request: Request) -> VolumeList:
@@ -143,6 +156,18 @@ async def _volume_scrub(system: System, request: Request) -> JobView:
     return await system.jobs.scrub(request.path["name"])
 
 
+async def _recovery_show(system: System, request: Request) -> Recovery:
+    return await show_recovery(system.cluster, request.path["name"])
+
+
+async def _recovery_order(system: System, request: Request) -> VolumeView:
+    return await recover(system.cluster, request.path["name"], request.body, wait_s=request.query["wait_s"])
+
+
+async def _recovery_withdraw(system: System, request: Request) -> VolumeView:
+    return await withdraw(system.cluster, request.path["name"])
+
+
 async def _replica_list(system: System, request: Request) -> ReplicaList:
     name = request.query.get("volume")
     volumes = [await system.cluster.volume(name)] if name else await system.cluster.volumes()
@@ -152,6 +177,12 @@ async def _replica_list(system: System, request: Request) -> ReplicaList:
 async def _replica_rebuild(system: System, request: Request) -> VolumeView:
     return await system.cluster.rebuild_replica(
         request.path["name"], request.path["replica"], wait_s=request.query["wait_s"]
+    )
+
+
+async def _replica_replace(system: System, request: Request) -> ReplacementView:
+    return await system.cluster.replace_replica(
+        request.path["name"], request.path["replica"], request.body, wait_s=request.query["wait_s"]
     )
 
 
@@ -192,6 +223,7 @@ WAIT = ("wait_s",)
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/healthz", "Is everything as wanted?", _health, Health, public=True),
     Route("GET", "/v1/status", "The cluster at a glance", _status, StatusView),
+    Route("GET", "/v1/why", "What is not as desired, root causes first", _why, WhyView, query=("name",)),
     Route("GET", "/v1/volumes", "All volumes", _volume_list, VolumeList),
     Route("POST", "/v1/volumes", "Create a volume", _volume_create, VolumeView, VolumeCreate, WAIT),
     Route("GET", "/v1/volumes/{name}", "One volume", _volume_show, VolumeView),
@@ -203,6 +235,19 @@ ROUTES: tuple[Route, ...] = (
         "POST", "/v1/volumes/{name}/verify", "Start to compare all replicas", _volume_verify, JobView, Empty
     ),
     Route("POST", "/v1/volumes/{name}/scrub", "Start to read and repair", _volume_scrub, JobView, Empty),
+    Route("GET", "/v1/volumes/{name}/recovery", "What is left of a volume", _recovery_show, Recovery),
+    Route(
+        "POST",
+        "/v1/volumes/{name}/recovery",
+        "Open with what is left, and give up the rest",
+        _recovery_order,
+        VolumeView,
+        RecoveryOrder,
+        WAIT,
+    ),
+    Route(
+        "DELETE", "/v1/volumes/{name}/recovery", "Take back what was not done", _recovery_withdraw, VolumeView
+    ),
     Route("GET", "/v1/replicas", "All replicas", _replica_list, ReplicaList, query=("volume",)),
     Route(
         "POST",
@@ -211,6 +256,15 @@ ROUTES: tuple[Route, ...] = (
         _replica_rebuild,
         VolumeView,
         Empty,
+        WAIT,
+    ),
+    Route(
+        "POST",
+        "/v1/volumes/{name}/replicas/{replica}/replace",
+        "Put a new replica on another node in the place of one that is gone",
+        _replica_replace,
+        ReplacementView,
+        ReplicaReplace,
         WAIT,
     ),
     Route("GET", "/v1/nodes", "All nodes", _node_list, NodeList),

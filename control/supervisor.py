@@ -37,8 +37,9 @@ from control.model import (
     Who,
     dump,
 )
-from control.processes import Process, Programs, adopt, find, spawn
+from control.processes import Process, Programs, adopt, find, is_standing, last_words, spawn
 from control.reconcile import NodeState
+from control.why import ProcessFacts
 from protocol.errors import StorageError, Unreachable
 
 RESTART_WAIT_FIRST_S = 0.5
@@ -122,6 +123,9 @@ class NodeSupervisor:
         self._deaths = 0
         self._start_not_before_s = 0.0
         self._last_end = ""
+        self._last_how = ""
+        self._last_code: int | None = None
+        self._ended_at_s = 0.0
         self._log = structlog.get_logger().bind(node=name)
 
     @property
@@ -157,7 +161,7 @@ class NodeSupervisor:
                 await self._step()
             except (StorageError, OSError) as error:  # a full disk, a port in use, no memory for a process
                 self._log.warning("node not looked after", error=str(error))
-                self._failed(str(error))
+                self._failed(str(error), str(error))
             self._note()
             await self._sleep()
 
@@ -285,7 +289,8 @@ class NodeSupervisor:
         self._log.info("replica server ended", pid=process.pid, how=how, lived_s=round(lived_s, 1))
         if self._ready and lived_s >= STEADY_AFTER_S:
             self._deaths = 0
-        self._failed(f"{how} after {lived_s:.1f} s; its log: {self._layout.replica_log(self.name)}")
+        self._last_code = code
+        self._failed(how, f"{how} after {lived_s:.1f} s; its log: {self._layout.replica_log(self.name)}")
         self._process, self._ready = None, False
         link, self._link = self._link, None
         if link is not None:
@@ -293,9 +298,10 @@ class NodeSupervisor:
         self._changed(self.name)
         self._wake.set()
 
-    def _failed(self, how: str) -> None:
+    def _failed(self, how: str, said: str) -> None:
         self._deaths += 1
-        self._last_end = how
+        self._last_end, self._last_how = said, how
+        self._ended_at_s = self._now()
         self._start_not_before_s = self._now() + restart_wait_s(self._deaths)
 
     def _note(self) -> None:
@@ -320,6 +326,23 @@ class NodeSupervisor:
         if self.condition is None or not self.condition.same_as(made):
             since = datetime.now(UTC).isoformat(timespec="seconds")
             self.condition = made.model_copy(update={"since": since})
+
+    def process_facts(self, *, answers: bool) -> ProcessFacts:
+        log = self._layout.replica_log(self.name)
+        pid, ended = self.pid, bool(self._last_how)
+        crashing = self._process is None and self._last_code not in (None, 0)
+        return ProcessFacts(
+            pid=pid,
+            answers=answers,
+            standing=not answers and pid is not None and is_standing(pid),
+            how=self._last_how,
+            ended_ago_s=self._now() - self._ended_at_s if ended else 0.0,
+            exit_code=self._last_code,
+            ends=self._deaths,
+            last_words=last_words(log) if crashing else "",
+            log=os.fspath(log),
+            since=self.condition.since if self.condition else "",
+        )
 
     async def stop(self) -> None:
         """For a shutdown of everything: a clean stop that is not remembered."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from control.model import Condition, Model, Name, ReplicaCount, SizeBytes
+from control.model import Condition, Model, Name, ReplicaCount, SizeBytes, Who
 
 
 class VolumeState(Enum):
@@ -61,6 +61,13 @@ class VolumeDetach(Model):
 
 class VolumeResize(Model):
     size_bytes: SizeBytes
+
+
+class ReplicaReplace(Model):
+    to: Name | None = Field(
+        default=None, description="the node for the new replica; none: the best is chosen"
+    )
+    dry_run: bool = Field(default=False, description="only say what would be done")
 
 
 class NodeStop(Model):
@@ -122,6 +129,17 @@ class VolumeView(Model):
     engine: EngineView | None
     replicas: list[ReplicaView]
     conditions: list[Condition]
+
+
+class ReplacementView(Model):
+    """A replica that gives its place to a new one; `volume` tells how far the new one is."""
+
+    old: str
+    new: str
+    node: str
+    dry_run: bool
+    size_bytes: int
+    volume: VolumeView
 
 
 class VolumeDeleted(Model):
@@ -258,6 +276,27 @@ class StatusView(Model):
     daemon: DaemonView
     nodes: list[NodeView]
     volumes: list[VolumeView]
+
+
+class FindingView(Model):
+    """One thing that is not as desired."""
+
+    about: str = Field(description='"node node2", "replica data-r2", "volume data", "the state store"')
+    reason: str = Field(description="a word for programs; docs/states.md lists them")
+    text: str = Field(description="what is wrong")
+    then: str = Field(description="what happens by itself, or what to look at")
+    command: str = Field(description="what to run, if anything")
+    who: Who
+    since: str
+    because: str = Field(description="`about` of the finding that this one follows from; empty: a root cause")
+    concerns: list[str] = Field(description="names of the nodes, replicas and volumes it is about or harms")
+
+
+class WhyView(Model):
+    """Root causes first."""
+
+    healthy: bool
+    findings: list[FindingView]
 
 
 class Health(Model):

@@ -25,10 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 class FakeCluster:
     """``start`` and ``kill_daemon`` as often as a test likes."""
 
-    def __init__(self, directory: Path, node_count: int = 3) -> None:
+    def __init__(self, directory: Path, node_count: int = 3, replace_after_s: float = 0.0) -> None:
         self.layout = Layout(directory)
         self.client = Client(directory)
         self.node_count = node_count
+        self.replace_after_s = replace_after_s
         self._daemon: subprocess.Popen[bytes] | None = None
 
     @property
@@ -42,7 +43,8 @@ class FakeCluster:
         with open(self.layout.daemon_log, "ab") as log:
             self._daemon = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tests.control.fake_daemon", "--dir", str(self.layout.dir),
-                 "--nodes", str(self.node_count), "--die-at", str(die_at)],
+                 "--nodes", str(self.node_count), "--die-at", str(die_at),
+                 "--replace-after-s", str(self.replace_after_s)],
                 stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
             )  # fmt: skip
         if wait:
@@ -101,8 +103,11 @@ class FakeCluster:
 
 
 @contextlib.contextmanager
-def fake_cluster(node_count: int = 3, *, start: bool = True) -> Iterator[FakeCluster]:
-    cluster = FakeCluster(Path(tempfile.mkdtemp(prefix="dolmen-")) / "cluster", node_count)
+def fake_cluster(
+    node_count: int = 3, *, start: bool = True, replace_after_s: float = 0.0
+) -> Iterator[FakeCluster]:
+    directory = Path(tempfile.mkdtemp(prefix="dolmen-")) / "cluster"
+    cluster = FakeCluster(directory, node_count, replace_after_s)
     try:
         if start:
             cluster.start()

@@ -69,6 +69,7 @@ if __name__ == "__main__":
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--die-at", type=int, default=0)
+    parser.add_argument("--replace-after-s", type=float, default=0.0)
     options = parser.parse_args()
     if options.die_at:
         die_at(options.die_at)

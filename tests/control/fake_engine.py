@@ -2,6 +2,7 @@
 
 It commits record (epoch, 1) in the daemon's store when it starts, answers each NBD client with one
 line ``epoch N`` and keeps it. Files in the volume's directory change what it does:
+``gone`` holds ids of replicas that are not in sync (a replacement is, at once),
 ``crash`` ends it at once, ``fenced`` once as if it met a newer epoch,
 ``state`` holds the state it tells (in ``waiting`` no replica is reached),
 ``mute`` makes it answer no call.
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from protocol.errors import BadRequest, StaleEpoch
+from protocol.errors import BadRequest, StaleEpoch, StorageError
 from protocol.rpc import RpcClient, serve_calls
 
 EXIT_FENCED = 3
@@ -31,7 +32,9 @@ class Engine:
         self.size_bytes = self.config["size_bytes"]
         self.clients = 0
         self.ended = asyncio.Event()
-        members = [replica["id"] for replica in self.config["replicas"]]
+        gone = self.dir / "gone"
+        self.gone = set(gone.read_text().split()) if gone.exists() else set()
+        members = [replica["id"] for replica in self.config["replicas"] if replica["id"] not in self.gone]
         self.record = {"epoch": self.config["epoch"], "version": 1, "in_sync": members}
 
     async def answer(self, call: str, args: dict[str, Any]) -> Any:
@@ -52,7 +55,9 @@ class Engine:
                         {
                             "id": replica["id"],
                             "slot": slot,
-                            "state": "offline" if state == "waiting" else "in_sync",
+                            "state": "offline"
+                            if state == "waiting" or replica["id"] not in self.record["in_sync"]
+                            else "in_sync",
                             "reason": "",
                         }
                         for slot, replica in enumerate(self.config["replicas"])
@@ -73,11 +78,42 @@ class Engine:
             case "engine.resize":
                 self.size_bytes = args["size_bytes"]
                 return {}
+            case "engine.replace_replica":
+                await self.replace(args["old"], args["new"])
+                return {}
             case "engine.detach":
                 asyncio.get_running_loop().call_later(0.01, self.ended.set)
                 return {}
             case _:
                 raise BadRequest(reason=f"unknown call {call}")
+
+    async def replace(self, old: str, new: dict[str, Any]) -> None:
+        replicas = self.config["replicas"]
+        ids = [replica["id"] for replica in replicas]
+        if new["id"] in ids:
+            return
+        if old in self.record["in_sync"]:
+            raise BadRequest(reason=f"replica {old} is named in sync")
+        replicas[ids.index(old)] = new
+        record = {**self.record, "version": 2, "in_sync": [*self.record["in_sync"], new["id"]]}
+        self.filling = asyncio.create_task(self.fill(record))
+
+    async def fill(self, record: dict[str, Any]) -> None:
+        """Until a daemon takes the record."""
+        while True:
+            try:
+                daemon = await RpcClient.connect_unix(self.config["daemon_socket"])
+                await daemon.call(
+                    "store.record",
+                    volume_id=self.config["volume_id"],
+                    epoch=self.config["epoch"],
+                    record=record,
+                )
+            except StorageError:
+                await asyncio.sleep(0.05)
+                continue
+            self.record = record
+            return
 
     async def serve_clients(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -12,7 +12,8 @@ from cli.main import EXIT_INTERRUPTED
 from cli.output import Exit
 from control.model import NODES_MAX, Condition, Who
 from control.reconcile import NodeState
-from control.views import JobState, ReplicaState, Verdict, VolumeState
+from control.views import FindingView, JobState, ReplicaState, Verdict, VolumeState
+from control.why import REASONS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "states.md"
 
@@ -30,6 +31,10 @@ def documented(section: str) -> list[str]:
         ("Replica", [state.value for state in ReplicaState]),
         ("Node", [state.value for state in NodeState]),
         ("Conditions", [*Condition.model_fields, *(who.value for who in Who)]),
+        (
+            "Findings",
+            [*FindingView.model_fields, *REASONS, "daemon_down", "daemon_frozen", "daemon_silent"],
+        ),
         ("Verification", [verdict.value for verdict in Verdict]),
         ("Job", [state.value for state in JobState]),
         ("Exit codes of `dolmen`", [str(int(code)) for code in Exit]),
