@@ -32,7 +32,7 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """An operator's decision to open with exactly these, made when ``newest`` was the newest record known."""
+    """An operator's decision to open with these, made when ``newest`` was the newest record known."""
 
     members: frozenset[str]
     newest: Stamp
@@ -77,7 +77,7 @@ def decide_open(
     # Of two records with one stamp the store's rules: a blank replica's record names nobody.
     newest = max([stored, *(reports[r].record for r in sorted(reports))], key=lambda record: record.stamp)
     if hints.override is not None:
-        return _decide_override(hints.override, newest, reports)
+        return _decide_override(hints.override, newest, reports, hints)
     in_sync = newest.in_sync & frozenset(replica_ids)
     absent = in_sync - reports.keys()
     usable = frozenset(r for r in in_sync & reports.keys() if _is_usable(reports[r], newest, hints))
@@ -109,9 +109,14 @@ _FORGOTTEN = "put back to an older state, made anew or damaged; nobody else can 
 
 
 def _decide_override(
-    override: Override, newest: MembershipRecord, reports: Mapping[str, ReplicaReport]
+    override: Override, newest: MembershipRecord, reports: Mapping[str, ReplicaReport], hints: Hints
 ) -> MayOpen | MustWait:
-    """What the operator was shown is what counts; what it named is opened, and nothing less."""
+    """What the operator was shown is what counts; whom it named is waited for, and nobody else.
+
+    Members are equal but for what their marks tell. So of several that it named, those that the newest record
+    names are opened with. If there are none, the one that was in sync last: to make the others equal to it
+    is a resync, which may be interrupted, and not to be a member.
+    """
     # A record that names nobody else is of an engine that acted on this very decision and died.
     if newest.stamp > override.newest and not newest.in_sync <= override.members:
         reason = f"record {newest.stamp} came to light after the operator decided on {override.newest}"
@@ -119,7 +124,9 @@ def _decide_override(
     opened = frozenset(r for r in override.members & reports.keys() if reports[r].state == "open")
     if missing := override.members - opened:
         return MustWait(newest, missing, "the operator decided to open with them")
-    return MayOpen(newest, override.members, frozenset())
+    members = frozenset(r for r in opened & newest.in_sync if _is_usable(reports[r], newest, hints))
+    last = max(sorted(opened), key=lambda r: (reports[r].synced_at, not reports[r].suspect))
+    return MayOpen(newest, members or frozenset({last}), frozenset())
 
 
 def is_put_back(report: ReplicaReport, known_opens: int) -> bool:

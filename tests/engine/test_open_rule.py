@@ -205,15 +205,24 @@ def decided(members: str, newest: MembershipRecord = FIRST) -> Hints:
     return replace(TOLD, override=Override(frozenset(members), newest.stamp))
 
 
-def test_an_operator_opens_with_exactly_whom_it_named() -> None:
+def test_an_operator_opens_with_whom_it_named_and_the_best_of_them_decides() -> None:
     reports = {"A": replace(report("A", FIRST), restored=True), "B": report("B", FIRST)}
-    for members in ("A", "B", "AB"):
-        decision = decide_open(FIRST, reports, IDS, decided(members))
+    for named, members in (("A", "A"), ("B", "B"), ("AB", "B")):
+        decision = decide_open(FIRST, reports, IDS, decided(named))
         assert decision == MayOpen(FIRST, frozenset(members), frozenset())
     waits = decide_open(FIRST, reports, IDS, decided("AC"))
     assert isinstance(waits, MustWait) and waits.waiting_for == {"C"}
     failed = reports | {"B": replace(reports["B"], state="damaged")}
     assert isinstance(decide_open(FIRST, failed, IDS, decided("B")), MustWait)
+
+
+def test_of_several_that_missed_writes_an_operator_opens_with_the_one_that_was_in_sync_last() -> None:
+    # C alone has everything, and is gone. A was in sync longer than B; B only heard of later records.
+    newest = MembershipRecord(1, 3, frozenset("C"))
+    a = replace(report("A", MembershipRecord(1, 2, frozenset("AC"))), synced_at=(1, 2))
+    b = replace(report("B", newest), synced_at=(1, 1))
+    decision = decide_open(newest, {"A": a, "B": b}, IDS, decided("AB", newest))
+    assert decision == MayOpen(newest, frozenset("A"), frozenset())
 
 
 def test_an_operator_s_decision_does_not_cover_a_record_that_it_did_not_know() -> None:
