@@ -24,6 +24,8 @@ from engine.events import (
     Event,
     Log,
     Paced,
+    PullIncomplete,
+    RegionsPulled,
     ReplaceAsked,
     Reply,
     ResizeAsked,
@@ -81,6 +83,7 @@ class EngineServer:
         self._replies: dict[int, asyncio.Future[None]] = {}
         self._next_request = 1
         self._repairs = Repairs(io.repair_block)
+        self._resync_bytes = 0  # copied for resyncs and reconciles
         self._repaired_count = 0
         self._unreadable_count = 0
 
@@ -146,6 +149,8 @@ class EngineServer:
 
     def post(self, event: Event) -> None:
         """Step the machine. An event that arises in the middle of a step waits for its end."""
+        if isinstance(event, RegionsPulled | PullIncomplete):
+            self._resync_bytes += event.bytes_copied
         self._inbox.append(event)
         if self._stepping:
             return
@@ -252,6 +257,8 @@ class EngineServer:
     def stats(self) -> dict[str, Any]:
         return {
             **self._io.stats(),
+            "resync_bytes": self._resync_bytes,
+            "resync_rate_bytes_s": self._volume.pace.rate_bytes_s if self._volume.joining else 0,
             "blocks_repaired": self._repaired_count,
             "unreadable": self._unreadable_count,
         }

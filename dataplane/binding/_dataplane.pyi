@@ -5,6 +5,8 @@ one of: "no_space", "io_error", "damaged", "stale_epoch", "bad_request", "not_fo
 "source_failed", "closed". The doors translate.
 """
 
+from collections.abc import Sequence
+
 class NativeError(Exception): ...
 
 class ReplicaLoop:
@@ -161,18 +163,18 @@ class EngineLoop:
     def barrier(self, token: int) -> None:
         """Event ("drained", token) when every write accepted before now is done at all members."""
 
-    def set_unequal(self, regions: list[int]) -> None:
+    def set_unequal(self, regions: Sequence[int]) -> None:
         """Reconcile: every request in these regions but whole-block writes waits until
         regions_equal(). Adds to the set: a region that diverged meanwhile stays in it."""
 
-    def set_partial_wait(self, regions: list[int]) -> None:
+    def set_partial_wait(self, regions: Sequence[int]) -> None:
         """Resync: only writes of part of a block wait in these regions. Replaces the set."""
 
-    def regions_equal(self, regions: list[int], diverged_seen: int) -> None:
+    def regions_equal(self, regions: Sequence[int], diverged_seen: int) -> None:
         """Reconcile: remove regions from both sets and let waiting requests go. ``diverged_seen``: how many
         region_diverged events were taken from poll_events() before; a region that diverged later stays."""
 
-    def partial_done(self, regions: list[int]) -> None:
+    def partial_done(self, regions: Sequence[int]) -> None:
         """Resync: remove regions from the set_partial_wait() set only, and let waiting requests go. A region
         that diverged meanwhile stays unequal."""
 
