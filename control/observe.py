@@ -166,11 +166,13 @@ def volume_facts(
     by_engine = _by_engine(engine)
     offline = {id_: r for id_, r in by_engine.items() if r.get("state") == "offline"}
     status = volume.status
+    said = {place.id: _said(volume, place.node, servers) for place in volume.spec.replicas}
     return VolumeFacts(
         view=view,
         attached=attachment is not None,
         process=slot.process_facts(answers=engine is not None) if slot else ProcessFacts(),
-        said={place.id: _said(volume, place.node, servers) for place in volume.spec.replicas},
+        said=said,
+        scrub_found={id_: _int(found.get("damaged_count")) or 0 for id_, found in said.items() if found},
         offline=frozenset(offline),
         reasons={id_: str(r.get("reason") or "") for id_, r in offline.items()},
         distrust=status.distrust,

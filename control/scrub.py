@@ -72,6 +72,7 @@ class Findings:
     found: set[int] = field(default_factory=set)  # blocks that were ever seen damaged
     left: set[int] = field(default_factory=set)  # of these, those that still are
     unreadable: set[int] = field(default_factory=set)  # nobody has a good copy
+    not_repaired: str = ""  # why the last order was of no use
     away_since_s: float | None = None
 
     @property
@@ -111,15 +112,21 @@ async def _damaged(replica: str, ask: Ask, *, check: bool) -> set[int]:
 
 
 async def _order(replica: str, blocks: list[int], findings: Findings, repair: Repair) -> bool:
-    """Whether an engine took the order."""
+    """Whether it makes sense to order again what is still damaged."""
+    findings.not_repaired = ""
     for first in range(0, len(blocks), REPAIR_BATCH_BLOCKS):
+        batch = blocks[first : first + REPAIR_BATCH_BLOCKS]
         try:
-            answer = await repair(replica, blocks[first : first + REPAIR_BATCH_BLOCKS])
-        except StorageError:
+            answer = await repair(replica, batch)
+        except StorageError as error:
+            findings.not_repaired = str(error)
             return False
         match answer:
-            case {"unreadable": list(unreadable)}:
+            case {"unreadable": list(unreadable), "left": list(left), "reason": str(reason)}:
                 findings.unreadable |= {block for block in unreadable if type(block) is int}
+                if len(left) == len(batch):
+                    findings.not_repaired = reason
+                    return False
             case _:
                 raise ProtocolViolation(expected="what was repaired", got=type(answer).__name__)
     return True
@@ -232,7 +239,7 @@ def _scrubbed(replica: str, findings: Findings) -> ReplicaScrubbed:
         id=replica,
         node=findings.node,
         scrubbed=findings.done,
-        reason=findings.reason,
+        reason=findings.reason or (findings.not_repaired if findings.left else ""),
         blocks_verified=findings.blocks_verified,
         found_count=len(findings.found),
         left_count=len(findings.left),
@@ -321,6 +328,7 @@ class DamageKeeper:
             replica=replica,
             repaired=repaired_count,
             left=len(findings.left),
+            reason=findings.not_repaired,
             unreadable=len(findings.left & findings.unreadable),
         )
         if repaired_count:

@@ -61,6 +61,7 @@ class Scene:
     attached: bool = True
     unreadable: set[int] = field(default_factory=set)
     orders: list[tuple[str, list[int]]] = field(default_factory=list)
+    stuck: bool = False
     now_s: float = 0.0
 
     async def ask(self, replica: str, call: str, **args: Any) -> Any:
@@ -70,8 +71,15 @@ class Scene:
         if not self.attached:
             raise VolumeNotAttached(volume="data")
         self.orders.append((replica, blocks))
+        if self.stuck:
+            return {"repaired": [], "unreadable": [], "left": blocks, "reason": "no answer within 10 s"}
         self.replicas[replica].damaged -= set(blocks) - self.unreadable
-        return {"repaired": [], "unreadable": sorted(self.unreadable.intersection(blocks)), "left": []}
+        return {
+            "repaired": [],
+            "unreadable": sorted(self.unreadable.intersection(blocks)),
+            "left": [],
+            "reason": "",
+        }
 
     async def pause(self, seconds: float) -> None:
         self.now_s += seconds
@@ -129,6 +137,14 @@ def test_on_a_detached_volume_damage_is_listed_and_left() -> None:
     assert [(f.block_index, f.repaired, f.unreadable) for f in result.replicas[0].findings] == [
         (5, False, False)
     ]
+
+
+def test_an_engine_that_gets_nowhere_is_asked_once_and_the_reason_is_told() -> None:
+    scene = Scene({"a": FakeReplica({5, 6})}, stuck=True)
+    result = scene.run()
+    assert result.verdict is ScrubVerdict.DAMAGED
+    assert result.replicas[0].reason == "no answer within 10 s"
+    assert len(scene.orders) <= 2  # when it was found, and at the end
 
 
 def test_many_blocks_are_ordered_in_bounded_batches() -> None:
