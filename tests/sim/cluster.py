@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine import membership
 from engine.phase import VolumePhase
 from protocol.limits import REGION_BYTES
 from tests.sim.clients import Client, Load, blocks_of
@@ -30,6 +31,13 @@ from tests.sim.servers import Machine
 HEALTHY_MAX_S = 90.0
 """A replica that failed often waits up to RETRY_CAP_S before it is tried again, and then may have to be brought
 up to date after another that waited as well."""
+
+FORGOTTEN_S = 10.0
+"""After this long a volume that an old directory keeps closed is opened by an operator."""
+
+OPERATOR_REASONS = frozenset(
+    {membership._FORGOTTEN, "the state store may have missed a record that they hold"}
+)
 
 NOTICED_S = 1.5
 """With clients at work: a link that is dead without having said so is found out by LINK_STALL_TIMEOUT_S."""
@@ -98,6 +106,7 @@ class Cluster:
         # has a good copy that is known to be the newest: an error, and never wrong bytes (C16).
         self.rotten: set[int] = set()
         self.faults = Faults(self)
+        self.recovered = False  # by an operator
         self.safety_s = random.uniform(6.0, 16.0)
 
     def lose_power(self, machine: Machine) -> None:
@@ -154,9 +163,29 @@ class Cluster:
         )
 
     def _become_healthy(self, when: str) -> None:
+        self._recover_if_needed()
         if not self.sim.run(until_s=self.sim.now + HEALTHY_MAX_S, stop=lambda: self.healthy):
             raise AssertionError(f"not healthy {HEALTHY_MAX_S:g} s {when}: {self._why()}")
         self.sim.note("world", "healthy", when)
+
+    def _recover_if_needed(self) -> None:
+        """An old directory and another loss at the same moment can be more than any rule can decide: then an
+        operator does, who sees what is there. Whatever was acknowledged before may be gone by that."""
+        if not self.faults.counts["old directory"]:
+            return
+        self.sim.run(until_s=self.sim.now + FORGOTTEN_S, stop=lambda: self.healthy)
+        engine = self.control.engine
+        wait = engine.volume.opening.must_wait if engine is not None else None
+        if engine is None or wait is None or wait.reason not in OPERATOR_REASONS:
+            return
+        reports = {e.id: e.report for e in engine.volume.entries if e.report is not None}
+        chosen = max(reports, key=lambda r: (not reports[r].restored, reports[r].record.stamp, r))
+        self.sim.note("operator", "recovers with", chosen)
+        self.history.judge()
+        self.history.start_over()
+        self.control.recover((chosen,), wait.newest.stamp)
+        self.recovered = True
+        engine.end(-15)
 
     def _why(self) -> str:
         alive = [other.name for other in self.control.engines if other.alive]

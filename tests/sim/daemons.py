@@ -24,7 +24,7 @@ from control.model import (
     new_volume,
 )
 from control.reconcile import EndEngine, EngineSeen, GrantEpoch, NodeState, Seen, StartEngine, plan
-from control.trust import NEWER_EPOCH, OLDER_COPY, distrusted, grant_keys
+from control.trust import NEWER_EPOCH, OLDER_COPY, distrusted, grant_keys, overridden
 from engine.config import _grant
 from engine.events import EXIT_FENCED
 from engine.opening import VolumeSpec
@@ -147,6 +147,10 @@ class Control:
         document = self.store.documents[KIND_VOLUME, VOLUME]
         changed = Document(document.kind, document.name, document.spec, dump(status), document.revision)
         drive(self.store.put(changed))
+
+    def recover(self, members: tuple[str, ...], newest: tuple[int, int]) -> None:
+        """``dolmen volume recover``: the operator's word."""
+        self.put_status(overridden(self.volume.status, members, newest, ""))
 
     def start_daemon(self) -> None:
         if self.daemon is None:

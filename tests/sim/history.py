@@ -32,6 +32,7 @@ class History:
         self.flushes: list[Flush] = []
         self.losses: list[float] = []
         self.mixed: list[str] = []  # blocks that showed a mix though nobody writes parts of them
+        self.starts_with_anything = False
         self.errors = 0
         self.unanswered = 0
         self._writers: dict[int, int] = {}  # write id -> client
@@ -63,10 +64,19 @@ class History:
     def flushed(self, start_s: float) -> None:
         self.flushes.append(Flush(start_s, self.sim.now))
 
+    def start_over(self) -> None:
+        """Nothing that was said before binds any more."""
+        self.operations.clear()
+        self.flushes.clear()
+        self.losses.clear()
+        self.starts_with_anything = True
+
     def judge(self) -> None:
         for write_id in list(self._under_way):
             self.end_write(write_id, answered=False, durable=False)
-        violations = check_with_losses(self.operations, self.flushes, self.losses)
+        anything = frozenset(Value(writer, number) for number, writer in self._writers.items())
+        begins_with = anything if self.starts_with_anything else frozenset()
+        violations = check_with_losses(self.operations, self.flushes, self.losses, begins_with | {INITIAL})
         assert not violations, f"{len(violations)} halves of blocks are not linearizable:\n" + "\n".join(
             f"(block {violation.block // 2}, half {violation.block % 2}) {violation}"
             for violation in violations[:3]

@@ -65,7 +65,7 @@ class Machine:
         self.process_count = 0
         self.powered = True
         self.disk_s = 0.0005  # of one sync
-        self.store: Any = ModelStore()
+        self.store: Any = ModelStore(sim.random)
         self.meta = MetaFile(first_meta(replica_id, size_bytes, boot_id=self.boot_id))
         self.meta_fault = ""  # "no_space" or "io_error": of the next write of replica.meta
         self.server: ReplicaServer | None = None
@@ -100,7 +100,7 @@ class Machine:
         self.store.crash()
         if self.store.dirty_regions():
             self.on_loss(self.replica_id)
-        self.store.lose_cache(self.sim.random)
+        self.store.lose_cache()
         self.meta.lose_cache(self.sim.random)
 
     def regain_power(self) -> None:
@@ -204,7 +204,7 @@ class ReplicaServer(Process):
         if self.machine.put_back:
             meta = replace(meta, restored=True)  # the file is not the one that it says it was written to
         if meta.suspect or distrust_cache:
-            self.store.drop_cache(self.sim.random)
+            self.store.drop_cache()
         dirty_count = self.store.open(epoch=native_epoch(meta), stamp=meta.record.stamp)
         yield self._disk_s()
         self.known = epochs.opened(meta, boot_id=self.machine.boot_id, dirty_count=dirty_count)

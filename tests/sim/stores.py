@@ -56,6 +56,7 @@ class Flushing:
 
 @dataclass
 class ModelStore:
+    random: Random
     epoch: int = 0
     stamp: Stamp = (0, 0)
     completed_id: int = 0
@@ -65,6 +66,7 @@ class ModelStore:
     pending: dict[int, list[tuple[int, Cells]]] = field(
         default_factory=dict
     )  # sequence, what, since the sync
+    lying: set[int] = field(default_factory=set)  # blocks that a failed sync left on the disk as they were
     bad: set[int] = field(default_factory=set)  # blocks without a good copy here
     regions: dict[int, RegionState] = field(default_factory=dict)
     fresh: dict[int, set[int]] = field(default_factory=dict)
@@ -214,6 +216,7 @@ class ModelStore:
         if self.fail_sync:
             self.fail_sync = False
             self.failed = True
+            self._lose_silently()
             raise StoreFailed
         for block, cells in flushing.blocks.items():
             self.disk[block] = cells
@@ -225,6 +228,21 @@ class ModelStore:
             region = self.regions[number]
             if not any(b // REGION_BLOCKS == number for b in self.pending):
                 region.dirty = region.held = False
+
+    def _lose_silently(self) -> None:
+        """A sync failed: some of it arrived, and the page cache takes all of it for written."""
+        for block in sorted(self.pending):
+            self.disk[block] = self._torn(block)
+            self.lying.add(block)
+        self.pending.clear()
+
+    def _torn(self, block: int) -> Cells:
+        """What may be on the disk of a block that was not synced: any version of each half since then."""
+        versions = [self.disk.get(block, UNWRITTEN), *(cells for _, cells in self.pending[block])]
+        random = self.random
+        if random.random() < 0.5:
+            return random.choice(versions)
+        return random.choice(versions)[0], random.choice(versions)[1]
 
     def note_completed(self, request_id: int) -> None:
         self.completed_id = max(self.completed_id, request_id)
@@ -284,20 +302,19 @@ class ModelStore:
         """The process died; the page cache lives."""
         self.fresh.clear()
 
-    def lose_cache(self, random: Random) -> None:
-        """Of what was not synced, any of the versions of each half since the last sync is on the disk."""
+    def lose_cache(self) -> None:
+        """Power is gone, and with it what was not synced."""
         for block in sorted(self.pending):
-            versions = [self.disk.get(block, UNWRITTEN), *(cells for _, cells in self.pending[block])]
-            if random.random() < 0.5:
-                kept = random.choice(versions)
-            else:
-                kept = (random.choice(versions)[0], random.choice(versions)[1])
-            self.cached[block] = self.disk[block] = kept
+            self.disk[block] = self._torn(block)
+            self.cached[block] = self.disk[block]
         self.pending.clear()
+        self.drop_cache()
 
-    def drop_cache(self, random: Random) -> None:
-        """After a failed sync the pages are read again from the disk."""
-        self.lose_cache(random)
+    def drop_cache(self) -> None:
+        """What is believed to be on the disk is read from there again. Unsynced pages stay."""
+        for block in sorted(self.lying - self.pending.keys()):
+            self.cached[block] = self.disk[block]
+        self.lying.clear()
 
     def holds(self, block: int) -> bool:
         return block in self.cached
@@ -308,6 +325,7 @@ class ModelStore:
     def copy(self) -> ModelStore:
         """Yesterday's directory: what the disk holds, as if it had been copied away."""
         return ModelStore(
+            self.random,
             epoch=self.epoch,
             stamp=self.stamp,
             cached=dict(self.disk),

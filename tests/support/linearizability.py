@@ -204,9 +204,12 @@ class Flush:
 
 
 def check_with_losses(
-    history: Iterable[Operation], flushes: Sequence[Flush], losses: Sequence[float]
+    history: Iterable[Operation],
+    flushes: Sequence[Flush],
+    losses: Sequence[float],
+    begins_with: frozenset[Value | None] = frozenset({INITIAL}),
 ) -> list[Violation]:
-    """``losses``: moments at which every page cache that held something was lost. Without any this is check().
+    """``begins_with``: what a register may hold at the beginning, one of these. ``losses``: moments at which every page cache that held something was lost. Without any this is check().
 
     A loss sets each register to a value it had since the last flush, or to that of a write that was not
     answered: never older. Which one is decided once: reads afterwards agree. So the history is cut at the
@@ -218,17 +221,21 @@ def check_with_losses(
     for op in history:
         by_block[op.block].append(op)
     cuts = sorted(losses)
-    found = (_check_parts(block, by_block[block], flushes, cuts) for block in sorted(by_block))
+    found = (_check_parts(block, by_block[block], flushes, cuts, begins_with) for block in sorted(by_block))
     return [violation for violation in found if violation is not None]
 
 
 def _check_parts(
-    block: int, operations: Sequence[Operation], flushes: Sequence[Flush], cuts: Sequence[float]
+    block: int,
+    operations: Sequence[Operation],
+    flushes: Sequence[Flush],
+    cuts: Sequence[float],
+    begins_with: frozenset[Value | None],
 ) -> Violation | None:
     bounds = [-math.inf, *cuts, math.inf]
-    may_begin_with: set[Value | None] = {INITIAL}
+    may_begin_with: set[Value | None] = set(begins_with)
     open_writes: list[Operation] = []  # of earlier parts, without an answer when their part ended
-    known = {op.value for op in operations if op.kind is Kind.WRITE} | {INITIAL}
+    known = {op.value for op in operations if op.kind is Kind.WRITE} | begins_with
     for begin, end in itertools.pairwise(bounds):
         part = [op for op in operations if begin <= op.start < end]
         writes = [
