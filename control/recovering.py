@@ -16,7 +16,7 @@ What a daemon that is killed leaves behind:
     its first record                                override is gone
 ==  ==============================================  =====================================================
 
-Proved by tests/faults/test_recover.py.
+Proved by tests/system/test_recover_volume.py.
 """
 
 from __future__ import annotations
