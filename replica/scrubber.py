@@ -88,11 +88,7 @@ class Scrubber:
             if chosen is not None:
                 await self._slice(entries[chosen])
                 continue
-            try:
-                async with asyncio.timeout(scrub.seconds_to_look(states, now_s=now_s)):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+            await self._wait(scrub.seconds_to_look(states, now_s=now_s))
 
     async def _known(self) -> dict[str, _Entry]:
         """The replicas that are open, each with what its file says."""
@@ -167,6 +163,9 @@ class Scrubber:
         return await replica.verify(first_region=first, region_count=count)
 
     async def _rest(self, entry: _Entry, blocks_verified: int, took_s: float) -> None:
+        """Until the next slice may begin, or until somebody wants something: it may be more urgent."""
+        if not blocks_verified:
+            return
         delay_s = scrub.pause_s(
             running=entry.state.running,
             blocks_verified=blocks_verified,
@@ -174,7 +173,14 @@ class Scrubber:
             busy=await self._busy(),
             rate_bytes_s=entry.rate_bytes_s,
         )
-        await asyncio.sleep(delay_s)
+        await self._wait(delay_s)
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
 
     async def _busy(self) -> bool:
         """Whether clients kept this disk at work since the last look."""
