@@ -23,6 +23,7 @@ from tests.support.processes import wait_until
 
 MIB = 1024 * 1024
 DISK_BYTES = 192 * MIB
+FUA_FRACTION = 0.1
 NODES = ("node1", "node2", "node3")
 
 
@@ -74,7 +75,7 @@ def powered() -> Iterator[PoweredIncident]:
 
 @dataclass(slots=True)
 class Writer:
-    """Writes tagged blocks and flushes now and then, until the connection is lost."""
+    """Writes tagged blocks, some with FUA, and flushes now and then, until the connection is lost."""
 
     uri: str
     blocks: range
@@ -112,8 +113,12 @@ class Writer:
         block = self.chance.choice(self.blocks)
         self.sequence += 1
         self.attempted[block] = self.sequence
-        handle.pwrite(encode_tag(block, Value(1, self.sequence)), block * BLOCK_BYTES)
+        fua = self.chance.random() < FUA_FRACTION
+        flags = nbd.CMD_FLAG_FUA if fua else 0
+        handle.pwrite(encode_tag(block, Value(1, self.sequence)), block * BLOCK_BYTES, flags)
         self.answered[block] = self.sequence
+        if fua:
+            self.flushed[block] = self.sequence
 
     def check(self) -> int:
         """No block is older than the last flush that succeeded, or anything that was never written. How
@@ -145,6 +150,26 @@ def test_a_replica_whose_disk_lost_power_is_resynced_before_it_serves(powered: P
         incident.dolmen.wait_for_state(incident.name, "healthy")
         for _ in range(20):
             assert client.read(40 * MIB, 7000) == b"flushed" * 1000
+    incident.check_healthy_and_equal()
+
+
+def test_a_flush_covers_what_an_engine_that_died_had_answered_over_a_power_loss_too(
+    powered: PoweredIncident,
+) -> None:
+    incident = powered.incident
+    with ReconnectingClient(incident.uri) as client:
+        for block in range(32):
+            client.write(block * MIB, encode_tag(block * 256, Value(1, block)))
+    incident.kill(incident.dolmen.engine_pid(incident.name))
+    with ReconnectingClient(incident.uri) as client:
+        client.flush()
+    powered.lose_power(*NODES)
+    powered.boot(*NODES)
+    incident.dolmen.wait_for_state(incident.name, "healthy")
+    with ReconnectingClient(incident.uri) as client:
+        for block in range(32):
+            found = client.read(block * MIB, BLOCK_BYTES)
+            assert decode_tag(block * 256, found) == Value(1, block)
     incident.check_healthy_and_equal()
 
 
