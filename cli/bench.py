@@ -136,6 +136,28 @@ def failover(
     _present(file, output)
 
 
+@app.command()
+@user_errors
+def rebuild(
+    repeats: Annotated[
+        int, typer.Option(min=1, help="How often a replica is lost and filled, twice each.")
+    ] = 3,
+    size: Size = "1GiB",
+    seed: Seed = 1,
+    out: Out = None,
+    directory: Dir = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Fill a lost replica again: its rate beside a plain copy, and what a writer notices of it."""
+    from bench.rebuild import STEPS_PER_REPEAT
+    from bench.rebuild import rebuild as run_rebuild
+
+    plan = _plan("dolmen", "randwrite-qd1", 1, 1.0, size, seed, out, directory)
+    with _measuring(1 + STEPS_PER_REPEAT * repeats) as progress:
+        file = run_rebuild(plan, repeats, progress)
+    _present(file, output)
+
+
 @app.command("ls")
 @user_errors
 def list_runs(out: Out = None, output: OutputOption = Output.TABLE) -> None:

@@ -10,8 +10,8 @@ without can only be measured without, so:
 * IDLE: no client: as fast as disk and link go.
 * MEASURING: client work appears, or the last measurement is old: no pull begins for as long as it takes to
   see enough operations, 2.5 s of 30 at most. What they take then is the baseline.
-* PROBING: upward by a factor while latency stays below the aim; back down by half, at once, when it does not,
-  and then upward more slowly.
+* PROBING: upward by a factor while latency stays below the aim; down when it does not (twice in a row, or
+  once by far: one bad window may be the machine's), and then upward more slowly.
 
 Two figures are compared, and the worse one decides: the p99, which the data plane's buckets tell no better
 than to a factor of two, and the mean, which is exact.
@@ -46,16 +46,19 @@ LATENCY_AIM = 1.5
 """Times the baseline. Below the promised 2: windows are coarse, and a rate takes a moment to work."""
 
 LATENCY_BACK_OFF = 1.8
-"""Above this the rate is halved at once; between this and the aim it stays."""
+"""Above this twice in a row the rate is lowered; between this and the aim it stays."""
+
+LATENCY_ALARM = 3.0
+"""Above this it is lowered at once."""
 
 P99_DOUBT = 1.35
 """A p99 next to the border of a bucket looks so much higher or lower than it is. The mean has no doubt."""
 
 PROBE_FACTOR = 1.3
-PROBE_FACTOR_AFTER_BACK_OFF = 1.08
+PROBE_FACTOR_AFTER_BACK_OFF = 1.1
 """Per window. Slowly near a rate that was too much a moment ago, so that it is not crossed every second."""
 
-BACK_OFF_FACTOR = 0.5
+BACK_OFF_FACTOR = 0.6
 
 FORGET_CEILING_WINDOWS = 40
 """After so many quiet windows (10 s) a rate that was once too much may be tried again at full speed."""
@@ -63,8 +66,11 @@ FORGET_CEILING_WINDOWS = 40
 BASELINE_FOR_WINDOWS = 120
 """30 s: then what the client gets without a resync is measured anew, because its work may have changed."""
 
-OPERATIONS_MIN = 100
+OPERATIONS_MIN = 200
 """A p99 of fewer says nothing; windows are added up until there are as many, WINDOWS_POOLED_MAX at most."""
+
+BASELINE_WINDOWS_MIN = 4
+"""A baseline is measured for 1 s at least: all that follows is compared with it."""
 
 WINDOWS_POOLED_MAX = 8
 
@@ -145,6 +151,7 @@ class Pace:
         self._quiet = 0  # windows without a client
         self._age = 0  # windows since the baseline was measured
         self._since_back_off = FORGET_CEILING_WINDOWS
+        self._too_much = False  # in the window before
         self._settling = 0  # windows in which pulls under way still have the rate before
         self._last_good_bytes_s = RATE_FIRST_BYTES_S
         self._throughput_bytes_s = 0.0
@@ -184,7 +191,9 @@ class Pace:
         self._add(load)
         self._age += 1
         self._since_back_off += 1
-        if self._count() < OPERATIONS_MIN and self._pooled < WINDOWS_POOLED_MAX:
+        windows_min = BASELINE_WINDOWS_MIN if self.state is PaceState.MEASURING else 1
+        enough = self._count() >= OPERATIONS_MIN and self._pooled >= windows_min
+        if not enough and self._pooled < WINDOWS_POOLED_MAX:
             return
         found = {
             kind: (max(LATENCY_NOISE_US, p99_us(tuple(buckets))), max(1.0, self._sums[kind] / sum(buckets)))
@@ -215,7 +224,9 @@ class Pace:
             self._measure()  # another kind of work, or too long ago
             return
         worst = max(known)
-        if worst > LATENCY_BACK_OFF:
+        too_much_before, self._too_much = self._too_much, worst > LATENCY_BACK_OFF
+        if worst > LATENCY_ALARM or (self._too_much and too_much_before):
+            self._too_much = False
             self.rate_bytes_s = max(RATE_FLOOR_BYTES_S, int(self.rate_bytes_s * BACK_OFF_FACTOR))
             self._since_back_off = 0
             self._settling = SETTLING_WINDOWS

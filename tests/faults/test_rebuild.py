@@ -107,7 +107,7 @@ def test_a_replica_that_missed_random_writes_gets_those_blocks_and_little_more(f
         v.client.stop_node(node, kill=True)
         wait_until(lambda: "missed-r2" not in v.in_sync(), what="the record without it")
         random = Random(1)
-        missed = {random.randrange(FILL_BYTES // BLOCK) for _ in range(2000)}
+        missed = {random.randrange(FILL_BYTES // BLOCK) for _ in range(1000)}
         with v.nbd() as nbd:
             for block in sorted(missed):
                 assert nbd.request(WRITE, block * BLOCK, BLOCK, data=random.randbytes(BLOCK)).error == 0
