@@ -69,15 +69,16 @@ def persist_record(meta: ReplicaMeta, *, epoch: int, record: MembershipRecord) -
     return replace(meta, record=record, synced_at=record.stamp if named else meta.synced_at)
 
 
-def opened(meta: ReplicaMeta, *, boot_id: str, dirty_count: int) -> ReplicaMeta:
+def opened(meta: ReplicaMeta, *, boot_id: str, dirty_count: int, sync_failed: bool = False) -> ReplicaMeta:
     """The store was recovered; this open counts. ``dirty_count``: regions whose mark was set, or unreadable.
+    ``sync_failed``: the store says that its disk had failed it (C15), by its own note that outlives a kill.
 
     What a lost page cache took with it lies in marked regions, since a mark is durable before the first
     write; so without marks nothing was lost. ``last_boot_id`` moves only in open_for_writing: until then
     another open must come to the same answer.
     """
     lost_cache = not meta.clean and meta.last_boot_id != boot_id
-    suspect = meta.suspect or (lost_cache and dirty_count > 0)
+    suspect = meta.suspect or sync_failed or (lost_cache and dirty_count > 0)
     return replace(meta, suspect=suspect, opens=meta.opens + 1)
 
 

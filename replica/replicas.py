@@ -166,8 +166,14 @@ class Replica:
                 stamp=meta.record.stamp,
             )
             dirty_count = found["dirty_regions"] + found["regions_damaged"]
-            self.meta = epochs.opened(meta, boot_id=self._boot_id, dirty_count=dirty_count)
+            sync_failed = bool(found.get("sync_failed"))
+            self.meta = epochs.opened(
+                meta, boot_id=self._boot_id, dirty_count=dirty_count, sync_failed=sync_failed
+            )
             self._doubtful = await self._find_doubtful(self.meta)
+            if sync_failed:
+                # The store forgets its own note at its first flush.
+                await self._persist(self.meta)
             await self._count_open(self.meta)
         except ReplicaDamaged as error:
             self.transition(ReplicaState.DAMAGED, str(error.fields.get("reason", error)))

@@ -20,7 +20,9 @@ class ReplicaLoop:
     def poll_events(self) -> list[tuple[object, ...]]:
         """Drains, never blocks. Events:
         ("session_closed", volume_id, session_id, reason)
-        ("store_failed", volume_id, reason)        # a failed fdatasync or map write: C15
+        ("store_failed", volume_id, reason)        # a failed fdatasync or map write: C15. The store has
+                                                   # noted it on its disk, closed its sessions without an
+                                                   # answer, and refuses everything until it is opened again
         ("block_damaged", volume_id, block_index)  # found by a read or by verify
         Only block_damaged is ever dropped (stats: damage_events_dropped), when thousands wait."""
 
@@ -37,7 +39,9 @@ class ReplicaLoop:
         """Open and recover. ``chain``: layer directory names, head first. Operations of epochs other
         than ``epoch`` are refused. ``stamp`` marks regions written from now on.
         Returns {"dirty_regions", "blocks_verified", "blocks_recomputed", "blocks_dropped",
-        "regions_damaged"}. Blocking."""
+        "regions_damaged", "sync_failed"}. ``sync_failed`` 1: a sync failed when it was last open, so it may
+        have lost acknowledged writes. The store remembers that until a flush succeeds: the caller makes it
+        durable before it lets anybody in. Blocking."""
 
     def close_store(self, volume_id: str) -> None:
         """Close its sessions, flush, close. Blocking."""

@@ -113,6 +113,11 @@ def test_suspect_is_who_may_have_lost_acknowledged_writes(
     assert epochs.opened(meta, boot_id=boot_id, dirty_count=dirty_count).suspect is suspect
 
 
+def test_a_store_that_remembers_a_failed_sync_makes_its_replica_suspect() -> None:
+    assert not epochs.opened(in_sync(), boot_id="boot-1", dirty_count=3).suspect
+    assert epochs.opened(in_sync(), boot_id="boot-1", dirty_count=0, sync_failed=True).suspect
+
+
 def test_suspicion_survives_another_restart_and_a_claim() -> None:
     meta = epochs.opened(in_sync(), boot_id="boot-2", dirty_count=3)
     meta = claimed(meta, epoch=2, boot_id="boot-2")

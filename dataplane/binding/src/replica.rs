@@ -27,6 +27,7 @@ pub fn opened_counts(opened: &Opened) -> HashMap<&'static str, u64> {
         ("blocks_recomputed", opened.blocks_recomputed),
         ("blocks_dropped", opened.blocks_dropped),
         ("regions_damaged", opened.regions_damaged),
+        ("sync_failed", opened.sync_failed),
     ])
 }
 

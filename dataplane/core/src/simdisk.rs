@@ -284,11 +284,7 @@ impl MemoryDisk {
 
     /// The page cache forgets what it believes to be on the disk.
     pub fn drop_cache(&self) {
-        for file in self.state().files.values_mut() {
-            let mut bytes = file.synced.clone();
-            file.unsynced.iter().for_each(|change| change.apply(&mut bytes));
-            file.current = bytes;
-        }
+        self.state().files.values_mut().for_each(forget_cache);
     }
 
     pub fn add_fault(&self, fault: Fault) {
@@ -425,6 +421,12 @@ fn changed_sectors(file: &FileState) -> BTreeMap<u64, Vec<usize>> {
     sectors
 }
 
+fn forget_cache(file: &mut FileState) {
+    let mut bytes = file.synced.clone();
+    file.unsynced.iter().for_each(|change| change.apply(&mut bytes));
+    file.current = bytes;
+}
+
 pub struct MemoryFile {
     state: Arc<Mutex<State>>,
     path: PathBuf,
@@ -549,6 +551,11 @@ impl BlockFile for MemoryFile {
 
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(self.state().files[&self.path].current.pages.len() as u64 * PAGE as u64)
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        forget_cache(self.state().files.get_mut(&self.path).expect("an open file"));
+        Ok(())
     }
 }
 

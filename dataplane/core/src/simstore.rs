@@ -14,6 +14,7 @@ use crate::limits::{BLOCK_BYTES, REGION_BLOCKS};
 use crate::replica::apply::check_frame;
 use crate::replica::buffers::OutBuffer;
 use crate::replica::error::{ErrorKind, Result, StoreError};
+use crate::replica::failure::note_failure;
 use crate::replica::files::{sync, Disk};
 use crate::replica::flush::{Clean, FlushPlan};
 use crate::replica::format::{chunk_at, Stamp, ENTRY_BYTES};
@@ -58,6 +59,7 @@ pub struct SimStore {
     store: Option<Store<MemoryFile>>,
     flush: Option<(FlushPlan, Step, Clean)>,
     events: Vec<StoreEvent>,
+    failure_noted: bool,
     now_ms: u64,
 }
 
@@ -107,6 +109,7 @@ impl SimStore {
         let result = open_store(&self.disk, &self.path, &[LAYER.to_owned()], options);
         let (store, opened) = self.or_killed(result)?;
         self.store = Some(store);
+        self.failure_noted = false;
         self.run(|_| Ok(opened))
     }
 
@@ -156,6 +159,11 @@ impl SimStore {
         store.set_now_ms(self.now_ms);
         let result = call(store);
         self.events.append(&mut store.take_events());
+        if store.check_alive().is_err() && !self.failure_noted {
+            // Where this fails too, nothing more can be done: the store stays failed.
+            self.failure_noted = true;
+            let _ = note_failure(&*store.regions_file());
+        }
         self.or_killed(result)
     }
 
@@ -385,12 +393,17 @@ impl SimStore {
     pub fn resize(&mut self, size_bytes: u64) -> Result<()> {
         let (boot_id, path) = (self.disk.boot_id(), self.path.clone());
         self.run(|store| {
+            store.check_alive()?;
             if size_bytes < store.size_bytes() {
                 return Err(StoreError::new(ErrorKind::BadRequest, "a volume only grows"));
             }
             let (data, map, regions) =
                 (store.data_files()[0].clone(), store.map_file(), store.regions_file());
-            grow_files((&*data, &*map, &*regions), &path, size_bytes, boot_id)?;
+            let grown = grow_files((&*data, &*map, &*regions), &path, size_bytes, boot_id);
+            if let Some(error) = grown.as_ref().err().filter(|error| error.kind == ErrorKind::IoError) {
+                store.fail(&error.message);
+            }
+            grown?;
             store.set_size(size_bytes);
             Ok(())
         })

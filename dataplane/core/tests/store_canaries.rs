@@ -219,9 +219,19 @@ fn what_was_written_under_a_new_record_is_listed() -> Verdict {
     listed.contains(&0).then_some(()).ok_or_else(|| "it is missing".to_owned())
 }
 
+fn a_failed_sync_is_remembered() -> Verdict {
+    let mut store = fresh();
+    write(&mut store, 3, 7, 1);
+    fail_next(&store, "data", Operation::Sync);
+    assert!(store.flush(Clean::Nothing).is_err());
+    store.crash();
+    let opened = store.open(SIZE, 1, Stamp { epoch: 1, version: 1 }).unwrap();
+    (opened.sync_failed == 1).then_some(()).ok_or_else(|| "it was forgotten".to_owned())
+}
+
 #[test]
 fn every_canary_is_noticed() {
-    let cases: [(&str, Scenario); 13] = [
+    let cases: [(&str, Scenario); 14] = [
         ("fsync_retried", a_flush_that_was_answered_is_on_the_disk),
         ("stable_before_data", a_cut_off_flush_leaves_no_halves),
         ("mark_not_synced", what_power_loss_changed_is_in_a_dirty_region),
@@ -235,6 +245,7 @@ fn every_canary_is_noticed() {
         ("cleaned_uncompleted", a_region_that_may_differ_stays_dirty),
         ("checksum_without_place", a_write_in_the_wrong_place_is_refused),
         ("stamp_not_renewed", what_was_written_under_a_new_record_is_listed),
+        ("failure_forgotten", a_failed_sync_is_remembered),
     ];
     for (name, scenario) in cases {
         scenario().unwrap_or_else(|why| panic!("{name} is off, and yet: {why}"));

@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{fallocate, flock, seek, FallocateFlags, FlockOperation, SeekFrom};
+use rustix::fs::{fadvise, fallocate, flock, seek, Advice, FallocateFlags, FlockOperation, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::canary::{self, Canary};
@@ -47,6 +47,8 @@ pub trait BlockFile: Send + Sync + 'static {
         Ok(self.len()? == 0)
     }
     fn allocated_bytes(&self) -> io::Result<u64>;
+    /// What the page cache believes to be on the disk is read from there again.
+    fn drop_cache(&self) -> io::Result<()>;
 }
 
 pub trait Disk: Send + Sync + 'static {
@@ -185,6 +187,10 @@ impl BlockFile for RealFile {
 
     fn allocated_bytes(&self) -> io::Result<u64> {
         Ok(self.0.metadata()?.blocks() * 512)
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(fadvise(&self.0, 0, None, Advice::DontNeed)?)
     }
 }
 

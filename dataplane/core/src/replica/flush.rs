@@ -10,7 +10,8 @@ use std::io;
 use crate::canary::{self, Canary};
 use crate::limits::REGION_BLOCKS;
 
-use super::error::{Result, StoreError};
+use super::error::{ErrorKind, Result, StoreError};
+use super::failure;
 use super::files::{sync, BlockFile};
 use super::format::{bit, Bits, BIT_WORDS};
 use super::store::Store;
@@ -137,6 +138,12 @@ impl<F: BlockFile> Store<F> {
         self.check_alive()?;
         self.flushed_seq = self.flushed_seq.max(plan.seq);
         self.counters.flushes += 1;
+        if let Some(boot_id) = self.boot_to_trust {
+            // All that is here is on the disk now. Whoever opened the store has noted the failure for good.
+            if failure::write_boot_id(&**self.log.file(), boot_id).is_ok() {
+                self.boot_to_trust = None;
+            }
+        }
         let mut cleaned = 0;
         for (region, write_count) in plan.cleaning {
             match self.log.clear_if_untouched(region, write_count) {
@@ -169,8 +176,10 @@ impl<F: BlockFile> Store<F> {
     /// A failed sync ends the store's service: the page cache may have dropped what it could not write.
     pub fn synced(&mut self, file: &str, result: io::Result<()>) -> Result<()> {
         result.map_err(|error| {
-            self.fail(&format!("fdatasync of {file}: {error}"));
-            StoreError::from_io(&format!("fdatasync of {file}"), &error)
+            // Also when it says that the disk is full: what was to be written is gone.
+            let reason = format!("fdatasync of {file}: {error}");
+            self.fail(&reason);
+            StoreError::new(ErrorKind::IoError, reason)
         })
     }
 

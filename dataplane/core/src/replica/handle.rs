@@ -42,6 +42,8 @@ pub struct Guarded {
     pub mark_queued: bool,
     pub closed: bool,
     pub sessions: u64,
+    /// The store failed, and that was noted (or could not be). Before it nobody is told.
+    pub failure_told: bool,
 }
 
 /// One open store.
@@ -76,6 +78,7 @@ impl StoreHandle {
                 mark_queued: false,
                 closed: false,
                 sessions: 0,
+                failure_told: false,
             }),
             changed: Condvar::new(),
             growing: Mutex::new(()),
@@ -111,6 +114,19 @@ impl StoreHandle {
             }
             guarded = self.wait_changed(guarded);
         }
+    }
+
+    /// Passes a call's error on, but that of a failed store not before the failure was noted: what is known
+    /// outside must not be forgotten here by a kill (C15).
+    pub fn told<T>(self: &Arc<Self>, shared: &Shared, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            let mut guarded = self.lock(shared);
+            shared.settle(self, &mut guarded);
+            while guarded.store.check_alive().is_err() && !guarded.failure_told && !guarded.closed {
+                guarded = self.wait_changed(guarded);
+            }
+        }
+        result
     }
 
     fn wait_changed<'a>(&self, guarded: MutexGuard<'a, Guarded>) -> MutexGuard<'a, Guarded> {
@@ -150,6 +166,10 @@ pub enum Message {
     },
     Marked(Arc<StoreHandle>),
     Flushed(Vec<(u64, Header, u32)>),
+    /// The store failed: its sessions end, unanswered.
+    Failed {
+        key: u64,
+    },
     ReadDone(ReadDone),
     /// A block that a partial write needs is in the page cache.
     Warmed {
@@ -172,6 +192,13 @@ pub struct ReadDone {
     pub job: ReadJob,
     pub data: Vec<u8>,
     pub verified: bool,
+}
+
+/// For the thread that syncs `regions`.
+pub enum MarkJob {
+    Sync(Arc<StoreHandle>),
+    /// Note that the store failed, then tell.
+    Failed(Arc<StoreHandle>, String),
 }
 
 pub struct FlushJob {
@@ -259,7 +286,7 @@ pub struct Shared {
     wake: OwnedFd,
     events: Mutex<Events>,
     event_fd: OwnedFd,
-    pub marks: Queue<Arc<StoreHandle>>,
+    pub marks: Queue<MarkJob>,
     pub flushes: Queue<FlushJob>,
     pub reads: Queue<ReadJob>,
     pub stores: Mutex<Vec<Arc<StoreHandle>>>,
@@ -346,7 +373,7 @@ impl Shared {
     pub fn settle(&self, handle: &Arc<StoreHandle>, guarded: &mut Guarded) {
         if guarded.store.log().has_unsynced() && !guarded.mark_queued {
             guarded.mark_queued = true;
-            self.marks.push(Arc::clone(handle));
+            self.marks.push(MarkJob::Sync(Arc::clone(handle)));
         }
         if !guarded.waiters.is_empty() && !guarded.flush_queued {
             guarded.flush_queued = true;
@@ -356,7 +383,7 @@ impl Shared {
             for event in guarded.store.take_events() {
                 match event {
                     StoreEvent::Failed(reason) => {
-                        self.push_event(Event::StoreFailed { volume_id: handle.volume_id.clone(), reason });
+                        self.marks.push(MarkJob::Failed(Arc::clone(handle), reason));
                     }
                     StoreEvent::BlockDamaged(block) => {
                         if !self.push_damaged(handle, block) {

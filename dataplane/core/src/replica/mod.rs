@@ -8,6 +8,7 @@
 pub mod apply;
 pub mod buffers;
 pub mod error;
+pub mod failure;
 pub mod files;
 pub mod flush;
 pub mod format;

@@ -13,10 +13,11 @@ use crate::checksum::{block_checksum, ENTRY_ABSENT, ENTRY_DAMAGED, ENTRY_ZERO};
 use crate::limits::{BLOCK_BYTES, REGION_BLOCKS, REGION_BYTES, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
 
 use super::error::{ErrorKind, Result, StoreError};
+use super::failure;
 use super::files::{sync, BlockFile, Disk};
 use super::format::{
     bit, map_bytes, region_count, regions_bytes, RegionHeader, Stamp, Superblock, BIT_WORDS, MAP_MAGIC,
-    REGIONS_MAGIC, SUPERBLOCK_BYTES, SUPERBLOCK_USED_BYTES,
+    REGIONS_MAGIC, SUPERBLOCK_USED_BYTES,
 };
 use super::map::{BlockMap, CHUNKS_CACHED_MAX};
 use super::regions::RegionLog;
@@ -49,6 +50,8 @@ pub struct Opened {
     pub blocks_recomputed: u64,
     pub blocks_dropped: u64,
     pub regions_damaged: u64,
+    /// 1: a sync had failed when the store was last open, or when it was opened in vain.
+    pub sync_failed: u64,
 }
 
 fn damaged(path: &Path, why: &str) -> StoreError {
@@ -113,14 +116,18 @@ fn write_superblock<F: BlockFile>(
     file_bytes: u64,
 ) -> Result<()> {
     let used = Superblock { magic, size_bytes, boot_id }.encode();
-    let mut page = [0; SUPERBLOCK_BYTES as usize];
-    page[..SUPERBLOCK_USED_BYTES].copy_from_slice(&used);
     if file.len().map_err(at(path))? < file_bytes {
         // First the length, durably: a superblock never promises more than there is.
-        file.set_len(file_bytes).and_then(|()| file.sync_data()).map_err(at(path))?;
+        file.set_len(file_bytes).map_err(at(path))?;
+        sync(file).map_err(|error| sync_error(path, &error))?;
     }
-    file.write_at(&page, 0).map_err(|short| short.error).map_err(at(path))?;
-    file.sync_data().map_err(at(path))
+    file.write_at(&used, 0).map_err(|short| short.error).map_err(at(path))?;
+    sync(file).map_err(|error| sync_error(path, &error))
+}
+
+/// Never "no space", whatever the kernel says: data is lost, not refused.
+fn sync_error(path: &Path, error: &io::Error) -> StoreError {
+    StoreError::new(ErrorKind::IoError, format!("fdatasync of {}: {error}", path.display()))
 }
 
 /// Opens a file and believes its superblock, if that is sound and the file is as long as it says.
@@ -185,6 +192,16 @@ pub fn open_store<D: Disk>(
         let map = BlockMap::new(Arc::new(map), options.chunks_cached_max);
         layers.push(Layer { data: Arc::new(data), map, block_count: described.size_bytes / BLOCK_BYTES });
     }
+    let sync_failed = superblock.boot_id == failure::BOOT_FAILED;
+    if sync_failed {
+        // Only what the disk itself holds counts. The note may have been in the page cache alone.
+        for layer in &layers {
+            layer.data.drop_cache().map_err(at(path))?;
+            layer.map.file().drop_cache().map_err(at(path))?;
+        }
+        regions.drop_cache().map_err(at(path))?;
+        failure::note_failure(&regions).map_err(at(path))?;
+    }
     let regions = Arc::new(regions);
     let log = RegionLog::new(Arc::clone(&regions), region_count(options.size_bytes) as u32, options.stamp);
     let mut store = Store::assemble(options.size_bytes, layers, log, options.epoch, lock);
@@ -192,19 +209,26 @@ pub fn open_store<D: Disk>(
         // A growth that was decided, and cut short before these files had it.
         let head = &store.layers[0];
         let files = (&*head.data, &**head.map.file(), &**store.log.file());
-        grow_files(files, path, options.size_bytes, superblock.boot_id)?;
+        let grown = grow_files(files, path, options.size_bytes, superblock.boot_id);
+        if grown.as_ref().is_err_and(|error| error.kind == ErrorKind::IoError) {
+            let _ = failure::note_failure(&*regions);
+        }
+        grown?;
     }
     let boot_id = disk.boot_id();
     let same_boot = boot_id == superblock.boot_id && boot_id != [0; 16];
-    let opened = store.recover(same_boot)?;
-    if !same_boot {
+    let recovered = store.recover(same_boot);
+    if store.check_alive().is_err() {
+        // Also where the failure cannot be noted the caller hears of it, and opens again.
+        let _ = failure::note_failure(&*regions);
+    }
+    let mut opened = recovered?;
+    if sync_failed {
+        opened.sync_failed = 1;
+        store.boot_to_trust = Some(boot_id);
+    } else if !same_boot {
         // Needs no sync: if it is lost, so is the boot that it names.
-        let used = Superblock {
-            magic: REGIONS_MAGIC,
-            size_bytes: superblock.size_bytes.max(options.size_bytes),
-            boot_id,
-        };
-        regions.write_at(&used.encode(), 0).map_err(|short| short.error).map_err(at(&regions_path))?;
+        failure::write_boot_id(&*regions, boot_id).map_err(at(&regions_path))?;
     }
     Ok((store, opened))
 }
@@ -218,7 +242,8 @@ pub fn grow_files<F: BlockFile>(
     boot_id: [u8; 16],
 ) -> Result<()> {
     if data.len().map_err(at(path))? < size_bytes {
-        data.set_len(size_bytes).and_then(|()| data.sync_data()).map_err(at(path))?;
+        data.set_len(size_bytes).map_err(at(path))?;
+        sync(data).map_err(|error| sync_error(path, &error))?;
     }
     write_superblock(map, path, MAP_MAGIC, size_bytes, [0; 16], map_bytes(size_bytes))?;
     write_superblock(regions, path, REGIONS_MAGIC, size_bytes, boot_id, regions_bytes(size_bytes))
@@ -233,6 +258,7 @@ impl<F: BlockFile> Store<F> {
             epoch,
             completed_id: 0,
             failed: None,
+            boot_to_trust: None,
             lost_entries: None,
             unstable: RegionMap::default(),
             data_unsynced: false,
@@ -259,6 +285,9 @@ impl<F: BlockFile> Store<F> {
             // A mark that a killed process wrote may be in the page cache only. From here on it counts.
             let marks = self.regions_file();
             self.synced("regions", sync(&*marks))?;
+        }
+        if !same_boot {
+            self.reserve_again(&regions)?;
         }
         let mut buffer = vec![0; REGION_BYTES as usize];
         let mut punched = false;
@@ -292,6 +321,21 @@ impl<F: BlockFile> Store<F> {
             self.mark_now(region..=region, true)?;
         }
         Ok(opened)
+    }
+
+    /// A reservation may have been lost with the power, and its region's mark not (I7). On a full disk the
+    /// store opens all the same; writes to such a region are refused until there is room.
+    fn reserve_again(&mut self, regions: &[u32]) -> Result<()> {
+        for region in regions {
+            match self.layers[0].map.reserve(*region) {
+                Ok(()) => {}
+                Err(error) => match StoreError::from_io("reserving the map", &error) {
+                    full if full.kind == ErrorKind::NoSpace => self.log.note_unreserved(*region),
+                    other => return Err(other),
+                },
+            }
+        }
+        Ok(())
     }
 
     fn recover_region(

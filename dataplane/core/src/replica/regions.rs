@@ -4,6 +4,7 @@
 //! Owns the `regions` file. Only dirty regions are held in memory. Never syncs by itself: marking is
 //! `begin_marks`, a sync of the file by whoever may block, then `finish_marks`.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -39,6 +40,9 @@ pub struct RegionLog<F> {
     /// Record written, not yet durable. The value: hold it once it is.
     marking: RegionMap<bool>,
     unsynced: Vec<u32>,
+    /// Dirty regions whose map pages could not be reserved when the store was opened: not ready, whatever
+    /// their stamp.
+    unreserved: BTreeSet<u32>,
     write_count: u64,
 }
 
@@ -51,6 +55,7 @@ impl<F: BlockFile> RegionLog<F> {
             dirty: RegionMap::default(),
             marking: RegionMap::default(),
             unsynced: Vec::new(),
+            unreserved: BTreeSet::new(),
             write_count: 0,
         }
     }
@@ -121,6 +126,19 @@ impl<F: BlockFile> RegionLog<F> {
     #[inline]
     pub fn ready(&self, region: u32) -> bool {
         self.dirty.get(&region).is_some_and(|known| known.stamp == self.stamp)
+            && (self.unreserved.is_empty() || !self.unreserved.contains(&region))
+    }
+
+    pub fn note_unreserved(&mut self, region: u32) {
+        self.unreserved.insert(region);
+    }
+
+    pub fn note_reserved(&mut self, region: u32) {
+        self.unreserved.remove(&region);
+    }
+
+    pub fn is_unreserved(&self, region: u32) -> bool {
+        self.unreserved.contains(&region)
     }
 
     pub fn all_ready(&self, mut regions: RangeInclusive<u32>) -> bool {

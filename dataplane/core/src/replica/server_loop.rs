@@ -80,6 +80,7 @@ impl ServerLoop {
                 }
                 Message::Marked(handle) => self.resume_held(&handle, &mut touched),
                 Message::Flushed(frames) => self.answer_flushed(frames, &mut touched),
+                Message::Failed { key } => self.end_failed(key),
                 Message::ReadDone(done) => self.finish_read(done, &mut touched),
                 Message::Warmed { handle, frame } => {
                     if let Some(held) = self.held.get_mut(&handle.key) {
@@ -102,17 +103,19 @@ impl ServerLoop {
         let session = Box::new(Session::new(new));
         let id = session.id;
         // It may have been fenced between the hello and here.
-        let fenced = {
+        let refused = {
             let mut guarded = session.handle.lock(&self.shared);
             guarded.sessions += 1;
-            guarded.closed || guarded.store.epoch() != session.epoch
+            let fenced = guarded.closed || guarded.store.epoch() != session.epoch;
+            let failed = guarded.store.check_alive().is_err().then_some("the store failed");
+            fenced.then_some("a newer epoch was claimed").or(failed)
         };
         let added = epoll::add(&self.epoll, &session.fd, EventData::new_u64(id), EventFlags::IN);
         self.sessions.insert(id, session);
-        match added {
-            Ok(()) if fenced => self.close(id, "a newer epoch was claimed"),
-            Ok(()) => {}
-            Err(error) => self.close(id, &format!("watching the socket: {error}")),
+        match (added, refused) {
+            (Ok(()), Some(why)) => self.close(id, why),
+            (Ok(()), None) => {}
+            (Err(error), _) => self.close(id, &format!("watching the socket: {error}")),
         }
     }
 
@@ -141,6 +144,20 @@ impl ServerLoop {
         if epoch == u64::MAX {
             self.held.remove(&key);
         }
+    }
+
+    /// A store that failed answers nothing more, to nobody: readers go elsewhere at once.
+    fn end_failed(&mut self, key: u64) {
+        let ids: Vec<u64> = self
+            .sessions
+            .values()
+            .filter(|session| session.handle.key == key)
+            .map(|session| session.id)
+            .collect();
+        for id in ids {
+            self.close(id, "the store failed");
+        }
+        self.held.remove(&key);
     }
 
     fn close(&mut self, id: u64, reason: &str) {
@@ -229,8 +246,9 @@ impl ServerLoop {
         };
         session.input = input;
         // Before any reply leaves: a killed process must not have lost what it answered (C7).
-        let committed = guarded.store.commit();
+        let committed = guarded.store.commit().and_then(|()| guarded.store.check_alive());
         self.shared.settle(&handle, &mut guarded);
+        // A store that failed answers nothing, not even with an error: the failure is yet to be noted (C15).
         result.and(committed.map_err(|error| error.message)).map(|()| applied)
     }
 
@@ -240,21 +258,24 @@ impl ServerLoop {
         if held.is_empty() {
             return;
         }
+        let mut resumed = BTreeSet::new();
         let mut guarded = handle.lock(&self.shared);
         for frame in held.take() {
             let Some(session) = self.sessions.get_mut(&frame.session) else { continue };
             session.undefer(frame.payload.len());
             let mut turn = Turn { shared: &self.shared, guarded: &mut guarded, held, plan: &mut self.plan };
             turn.apply(session, &frame.header, &frame.payload);
-            touched.insert(frame.session);
+            resumed.insert(frame.session);
         }
-        let committed = guarded.store.commit();
+        let committed = guarded.store.commit().and_then(|()| guarded.store.check_alive());
         self.shared.settle(handle, &mut guarded);
         drop(guarded);
         if let Err(error) = committed {
-            for id in std::mem::take(touched) {
+            for id in resumed {
                 self.close(id, &error.message);
             }
+        } else {
+            touched.append(&mut resumed);
         }
     }
 
@@ -275,7 +296,12 @@ impl ServerLoop {
         let held = self.held.entry(handle.key).or_default();
         let mut turn = Turn { shared: &self.shared, guarded: &mut guarded, held, plan: &mut self.plan };
         turn.finish_read(session, done);
+        let committed = guarded.store.commit().and_then(|()| guarded.store.check_alive());
         self.shared.settle(&handle, &mut guarded);
-        touched.insert(id);
+        drop(guarded);
+        match committed {
+            Ok(()) => drop(touched.insert(id)),
+            Err(error) => self.close(id, &error.message),
+        }
     }
 }

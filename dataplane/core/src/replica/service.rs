@@ -147,8 +147,8 @@ impl ReplicaService {
 
     pub fn set_stamp(&self, volume_id: &str, stamp: Stamp) -> Result<()> {
         let handle = self.store(volume_id)?;
-        handle.lock(&self.shared).store.begin_set_stamp(stamp)?;
-        self.sync_regions(&handle)
+        let begun = handle.lock(&self.shared).store.begin_set_stamp(stamp);
+        handle.told(&self.shared, begun.and_then(|()| self.sync_regions(&handle)))
     }
 
     fn sync_regions(&self, handle: &Arc<StoreHandle>) -> Result<()> {
@@ -161,7 +161,11 @@ impl ReplicaService {
 
     pub fn attach_session(&self, volume_id: &str, fd: OwnedFd, epoch: u64, role: Role) -> Result<u64> {
         let handle = self.store(volume_id)?;
-        let current = handle.lock(&self.shared).store.epoch();
+        let (current, alive) = {
+            let guarded = handle.lock(&self.shared);
+            (guarded.store.epoch(), guarded.store.check_alive())
+        };
+        handle.told(&self.shared, alive)?;
         if epoch != current {
             let why = format!("the session is of epoch {epoch}, the replica of {current}");
             return Err(StoreError::new(ErrorKind::StaleEpoch, why));
@@ -191,6 +195,11 @@ impl ReplicaService {
 
     pub fn begin_resync(&self, volume_id: &str, regions: &[u32]) -> Result<()> {
         let handle = self.store(volume_id)?;
+        let begun = self.begin_resync_of(&handle, regions);
+        handle.told(&self.shared, begun)
+    }
+
+    fn begin_resync_of(&self, handle: &Arc<StoreHandle>, regions: &[u32]) -> Result<()> {
         {
             let mut guarded = handle.lock(&self.shared);
             let count = guarded.store.log().count();
@@ -200,7 +209,7 @@ impl ReplicaService {
             guarded.store.check_alive()?;
             for region in regions {
                 let begun = guarded.store.begin_marks(*region..=*region, true);
-                self.shared.settle(&handle, &mut guarded);
+                self.shared.settle(handle, &mut guarded);
                 begun?;
             }
             // From here on: a write that comes while the marks are synced is a live write.
@@ -221,7 +230,7 @@ impl ReplicaService {
         options: PullOptions,
     ) -> Result<Pulled> {
         let handle = self.store(volume_id)?;
-        pull::pull_regions(&self.shared, &handle, fd, epoch, regions, options)
+        handle.told(&self.shared, pull::pull_regions(&self.shared, &handle, fd, epoch, regions, options))
     }
 
     pub fn end_resync(&self, volume_id: &str) -> Result<()> {
@@ -249,23 +258,42 @@ impl ReplicaService {
     pub fn resize(&self, volume_id: &str, size_bytes: u64) -> Result<()> {
         let handle = self.store(volume_id)?;
         recovery::check_size(size_bytes)?;
+        let grown = self.grow(&handle, size_bytes);
+        handle.told(&self.shared, grown)
+    }
+
+    fn grow(&self, handle: &Arc<StoreHandle>, size_bytes: u64) -> Result<()> {
         // Keeps two resizes apart; other stores, and this one's lock, are free while files are synced.
         let _growing = handle.growing.lock().expect("a thread died while it grew a store");
-        let current = handle.lock(&self.shared).store.size_bytes();
+        let current = {
+            let guarded = handle.lock(&self.shared);
+            guarded.store.check_alive()?;
+            guarded.store.size_bytes()
+        };
         if size_bytes < current {
             let why = format!("{size_bytes} bytes are fewer than {current}; a volume only grows");
             return Err(StoreError::new(ErrorKind::BadRequest, why));
         }
         if size_bytes > current {
             let files = (&*handle.data_files[0], &*handle.map_file, &*handle.regions_file);
-            recovery::grow_files(files, &handle.path, size_bytes, RealDisk.boot_id())?;
-            handle.lock(&self.shared).store.set_size(size_bytes);
+            let grown = recovery::grow_files(files, &handle.path, size_bytes, RealDisk.boot_id());
+            let mut guarded = handle.lock(&self.shared);
+            if let Err(error) = grown {
+                if error.kind == ErrorKind::IoError {
+                    // Its syncs were of the blocks too.
+                    guarded.store.fail(&error.message);
+                }
+                self.shared.settle(handle, &mut guarded);
+                return Err(error);
+            }
+            guarded.store.set_size(size_bytes);
         }
         Ok(())
     }
 
     pub fn verify(&self, volume_id: &str, first_region: u32, region_count: u32) -> Result<Verified> {
-        verify::verify(&self.shared, &self.store(volume_id)?, first_region, region_count)
+        let handle = self.store(volume_id)?;
+        handle.told(&self.shared, verify::verify(&self.shared, &handle, first_region, region_count))
     }
 
     pub fn stats(&self, volume_id: &str) -> Result<Vec<(&'static str, u64)>> {

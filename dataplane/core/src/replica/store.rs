@@ -60,6 +60,8 @@ pub struct Store<F> {
     /// Every request of this epoch up to here is answered by all in-sync replicas.
     pub(super) completed_id: u64,
     pub(super) failed: Option<String>,
+    /// The superblock says that the page cache lied. The first flush that succeeds puts this boot there.
+    pub(super) boot_to_trust: Option<[u8; 16]>,
     /// Entries were lost before the end of their batch: what `commit` will answer.
     pub(super) lost_entries: Option<StoreError>,
     /// Blocks whose entry is newer than the last flush and not stable yet.
@@ -252,8 +254,13 @@ impl<F: BlockFile> Store<F> {
         // The chunk is verified by its header now, or never: a dirty region's header says nothing.
         self.chunk(0, region)?;
         let wrap = |error: io::Error| StoreError::from_io("marking a region", &error);
-        if !self.log.is_marking(region) && self.log.read_record(region).map_err(wrap)? == Record::Never {
+        let marking = self.log.is_marking(region);
+        if !marking
+            && (self.log.is_unreserved(region)
+                || self.log.read_record(region).map_err(wrap)? == Record::Never)
+        {
             self.layers[0].map.reserve(region).map_err(wrap)?;
+            self.log.note_reserved(region);
         }
         self.log.begin_mark(region, held).map_err(wrap)
     }

@@ -10,9 +10,12 @@ use crate::frame::status;
 use crate::limits::BLOCK_BYTES;
 
 use super::error::{ErrorKind, Result, StoreError};
+use super::failure::note_failure;
 use super::files::sync;
 use super::flush::Clean;
-use super::handle::{FlushJob, Message, Popped, ReadDone, ReadJob, Shared, StoreHandle, Waiter};
+use super::handle::{
+    Event, FlushJob, MarkJob, Message, Popped, ReadDone, ReadJob, Shared, StoreHandle, Waiter,
+};
 use super::read::read_present;
 use super::store::sync_marks as sync_marks_file;
 
@@ -24,7 +27,8 @@ pub const READ_THREADS: usize = 3;
 pub fn run_marks(shared: &Shared) {
     loop {
         match shared.marks.pop(None) {
-            Popped::Item(handle) => sync_marks(shared, &handle),
+            Popped::Item(MarkJob::Sync(handle)) => sync_marks(shared, &handle),
+            Popped::Item(MarkJob::Failed(handle, reason)) => tell_failure(shared, &handle, reason),
             Popped::Idle => {}
             Popped::Closed => return,
         }
@@ -48,6 +52,21 @@ fn sync_marks(shared: &Shared, handle: &Arc<StoreHandle>) {
     handle.notify_changed();
     shared.send(Message::Marked(Arc::clone(handle)));
     shared.flushes.poke(); // there is something to clean one day
+}
+
+/// The order of FORMAT.md, "Failed sync": noted, then told. Since the failure every frame has ended its
+/// session without an answer.
+fn tell_failure(shared: &Shared, handle: &Arc<StoreHandle>, mut reason: String) {
+    {
+        let _growing = handle.growing.lock().expect("a thread died while it grew a store");
+        if let Err(error) = note_failure(&*handle.regions_file) {
+            reason.push_str(&format!("; and that could not be noted: {error}"));
+        }
+    }
+    handle.lock(shared).failure_told = true;
+    handle.notify_changed();
+    shared.send(Message::Failed { key: handle.key });
+    shared.push_event(Event::StoreFailed { volume_id: handle.volume_id.clone(), reason });
 }
 
 pub fn run_flushes(shared: &Shared) {
@@ -101,6 +120,7 @@ fn run_flush(shared: &Shared, job: FlushJob) {
     };
     let result = flush_steps(shared, &handle, plan, clean);
     shared.settle(&handle, &mut handle.lock(shared));
+    let result = handle.told(shared, result);
     let code = if result.is_ok() { status::OK } else { status::IO_ERROR };
     let mut frames = Vec::new();
     for waiter in waiters {
