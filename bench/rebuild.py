@@ -4,9 +4,9 @@ Owns the steps, the plain copy beside them and the client's latencies. Does not 
 
 One replica's server is killed and its directory removed; the server is started again and told to make the
 replica anew. The time counts from that order to the record that names the replica in sync. Three figures,
-each formed inside one repeat: the rate against a plain copy of the same bytes (``dd``, 1 MiB at a time, with an
-fsync at the end) in the same directory a moment before; the client's p99 while a rebuild runs against its p99
-just before; and the rate under that client.
+each formed inside one repeat: the rate against a plain copy of the same bytes (``dd``, 1 MiB at a time, with
+an fsync at the end) in the same directory a moment before; the client's p99 while a rebuild runs against its
+p99 just before; and the rate under that client.
 
 Promises: an error that the client saw is a failure; after a repeat the volume is healthy, or the rest is
 reported as failed.

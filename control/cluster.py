@@ -518,7 +518,7 @@ class Cluster:
             return self._since.stamp(explain(facts), time.time())
         if not name:
             return looked.findings
-        known = {place.id for volume in volumes for place in volume.spec.replicas}
+        known = {place.id for volume in volumes for place in volume.places}
         if name not in known | self.supervisors.keys() | {volume.name for volume in volumes}:
             raise NameNotFound(name=name[:100])
         return relevant(looked.findings, name)

@@ -88,7 +88,7 @@ def volume_state(
     if volume.spec.deleting:
         return VolumeState.DELETING
     if attachment is None:
-        created = len(volume.status.replica_size_bytes) == len(volume.spec.replicas)
+        created = all(place.id in volume.status.replica_size_bytes for place in volume.spec.replicas)
         return VolumeState.DETACHED if created else VolumeState.CREATING
     if attachment.spec.detaching:
         return VolumeState.DETACHING
