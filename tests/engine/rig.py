@@ -157,6 +157,7 @@ class Rig:
             "daemon_socket": str(self.store.path),
             "control_socket": str(self.control),
             "listeners": [{"fd": self.listener.fileno(), "kind": "unix"}],
+            "predecessor_ended": self.engine is None or self.engine.process.poll() is not None,
             **changes,
         }
         path = self.path / "engine.json"

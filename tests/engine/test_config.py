@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.config import parse_config, read_config
+from engine.membership import Hints, Override
 from protocol.errors import BadRequest
 
 
@@ -35,6 +36,25 @@ def test_the_documented_config_is_read() -> None:
     assert config.spec().stored.stamp == (6, 2)
 
 
+def test_a_grant_that_says_nothing_of_the_past_is_the_careful_one() -> None:
+    grant = parse_config(good()).spec().grant
+    assert not grant.predecessor_ended  # it waits for the lease of an older engine
+    assert grant.hints == Hints() and grant.forked == frozenset()
+
+
+def test_what_a_grant_says_of_the_past_reaches_the_volume() -> None:
+    said = {
+        "predecessor_ended": True,
+        "opens": {"data-1": 4},
+        "distrust_store": True,
+        "forked": ["data-2"],
+        "override": {"members": ["data-1"], "newest": [6, 2]},
+    }
+    grant = parse_config(good() | said).spec().grant
+    assert grant.predecessor_ended and grant.forked == {"data-2"}
+    assert grant.hints == Hints({"data-1": 4}, True, Override(frozenset({"data-1"}), (6, 2)))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -54,6 +74,16 @@ def test_the_documented_config_is_read() -> None:
         ("name", ""),
         ("surprise", 1),
         ("straggler_wait_s", "soon"),
+        ("predecessor_ended", 1),
+        ("distrust_store", None),
+        ("opens", []),
+        ("opens", {"data-1": -1}),
+        ("opens", {"data-1": True}),
+        ("forked", "data-1"),
+        ("forked", [""]),
+        ("override", {}),
+        ("override", {"members": [], "newest": [6, 2]}),
+        ("override", {"members": ["data-1"], "newest": [6]}),
     ],
 )
 def test_a_wrong_value_is_refused_and_named(key: str, value: object) -> None:
