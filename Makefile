@@ -10,7 +10,7 @@ RUST_SOURCES := $(shell find dataplane -name '*.rs' -not -path '*/target/*' -not
 	dataplane/core/Cargo.toml dataplane/binding/Cargo.toml
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo || echo 'no-sudo-here:-run-as-root')
 
-.PHONY: demo test check build packages bench bench-quick soak fmt clean sizes fuzz test-python test-rust help lock
+.PHONY: demo test check build packages bench bench-quick soak fmt clean sizes fuzz test-python test-rust help lock sim sim-long sim-canaries
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*##/ -/'
@@ -55,6 +55,20 @@ test-rust: $(STAMPS)/venv
 
 test-python: build
 	@$(PY) -m pytest tests
+
+SEED ?= 1
+SEEDS ?= 1
+MINUTES ?= 10
+TRACE ?=
+
+sim: build  ## replay a simulated cluster: SEED=n, SEEDS=how many from there, TRACE=1 prints what happens
+	@$(PY) -m tests.sim --seed $(SEED) --seeds $(SEEDS) $(if $(TRACE),--trace)
+
+sim-long: build  ## new seeds for MINUTES=m, in as many processes as there are cores
+	@$(PY) -m tests.sim --minutes $(MINUTES) --seed $(if $(filter 1,$(SEED)),$$(date +%s)00,$(SEED)) --processes $$(nproc)
+
+sim-canaries: build  ## every switchable bug must be caught; writes docs/testing-canaries.md
+	@$(PY) -m tests.sim.canaries --write docs/testing-canaries.md
 
 check: build  ## what CI checks besides tests
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

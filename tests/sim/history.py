@@ -58,7 +58,8 @@ class History:
         for half, write_id in enumerate(cells):
             value = Value(self._writers[write_id], write_id) if write_id else INITIAL
             self.operations.append(Operation(Kind.READ, 2 * block + half, value, start_s, self.sim.now))
-        if cells[0] != cells[1] and not may_mix and not self.losses:
+        torn = self.losses or self.starts_with_anything  # by a power loss: a mix of what was not flushed
+        if cells[0] != cells[1] and not may_mix and not torn:
             self.mixed.append(f"block {block} reads as a mix {cells} at {self.sim.now:.3f}")
 
     def flushed(self, start_s: float) -> None:
@@ -69,14 +70,18 @@ class History:
         self.operations.clear()
         self.flushes.clear()
         self.losses.clear()
+        self.mixed.clear()
         self.starts_with_anything = True
 
     def judge(self) -> None:
-        for write_id in list(self._under_way):
-            self.end_write(write_id, answered=False, durable=False)
+        open_writes = [
+            Operation(Kind.WRITE, 2 * block + half, Value(self._writers[write_id], write_id), start_s, None)
+            for write_id, (block, halves, start_s) in self._under_way.items()
+            for half in halves
+        ]
         anything = frozenset(Value(writer, number) for number, writer in self._writers.items())
         begins_with = anything if self.starts_with_anything else frozenset()
-        violations = check_with_losses(self.operations, self.flushes, self.losses, begins_with | {INITIAL})
+        violations = check_with_losses([*self.operations, *open_writes], self.flushes, self.losses, begins_with | {INITIAL})
         assert not violations, f"{len(violations)} halves of blocks are not linearizable:\n" + "\n".join(
             f"(block {violation.block // 2}, half {violation.block % 2}) {violation}"
             for violation in violations[:3]

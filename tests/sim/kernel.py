@@ -12,6 +12,7 @@ its process, at whatever it was waiting for, which is what a kill does to a real
 from __future__ import annotations
 
 import heapq
+import re
 from collections import deque
 from collections.abc import Callable, Generator
 from random import Random
@@ -63,7 +64,16 @@ class Sim:
 
     def note(self, who: str, what: str, *fields: object) -> None:
         if self._trace is not None:
-            self._trace(f"{self.now:12.6f} {who:<8} {what} {' '.join(map(str, fields))}".rstrip())
+            line = f"{self.now:12.6f} {who:<8} {what} {' '.join(map(str, fields))}".rstrip()
+            self._trace(_SET.sub(_sorted_set, line))
+
+
+_SET = re.compile(r"frozenset\(\{(.*?)\}\)")
+
+
+def _sorted_set(found: re.Match[str]) -> str:
+    """A set prints in an order that changes from process to process."""
+    return "{" + ", ".join(sorted(found[1].split(", "))) + "}"
 
 
 class Future:
@@ -210,7 +220,14 @@ class Lock:
         if self._held:
             turn = Future()
             self._queue.append(turn)
-            yield turn
+            try:
+                yield turn
+            except GeneratorExit:  # cancelled while it waited
+                if turn.done:
+                    self.give()
+                else:
+                    self._queue.remove(turn)
+                raise
         else:
             self._held = True
 
