@@ -173,6 +173,8 @@ def add_engine(snapshot: Snapshot, volume: str, replica_ids: list[str], stats: M
         snapshot.add("dolmen_engine_bytes_total", (volume, kind), stats.get(f"{kind}_bytes"))
     snapshot.add("dolmen_engine_errors_total", (volume,), stats.get("errors"))
     snapshot.add("dolmen_engine_repairs_total", (volume,), stats.get("repairs"))
+    snapshot.add("dolmen_engine_resync_bytes_total", (volume,), stats.get("resync_bytes"))
+    snapshot.add("dolmen_engine_resync_limit_bytes", (volume,), stats.get("resync_rate_bytes_s"))
     for key in ENGINE_GAUGES:
         snapshot.add(f"dolmen_engine_{key}", (volume,), stats.get(key))
     for kind in LATENCIES:

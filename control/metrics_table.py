@@ -71,6 +71,20 @@ METRICS: tuple[Spec, ...] = (
         _VOLUME,
         "Bad copies found by a read and written again",
     ),
+    Spec(
+        "dolmen_engine_resync_bytes_total",
+        "counter",
+        "bytes",
+        _VOLUME,
+        "Bytes that replicas copied from others to be up to date",
+    ),
+    Spec(
+        "dolmen_engine_resync_limit_bytes",
+        "gauge",
+        "bytes per second",
+        _VOLUME,
+        "What a resync may copy beside the client's work; 0: no limit, or none runs",
+    ),
     Spec("dolmen_engine_clients", "gauge", "1", _VOLUME, "NBD connections"),
     Spec(
         "dolmen_engine_in_flight",
