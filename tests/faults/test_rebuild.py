@@ -26,7 +26,8 @@ from tests.system.raw_nbd import RawNbd
 
 MIB = 1024 * 1024
 BLOCK = 4096
-WRITE, FLUSH = 1, 3  # NBD commands
+READ, WRITE, FLUSH = 0, 1, 3  # NBD commands
+EIO = 5
 FILL_BYTES = 96 * MIB
 SIZE = "128MiB"
 
@@ -176,7 +177,7 @@ def load(v: Volume) -> Iterator[None]:
             try:
                 with v.nbd() as nbd:
                     while not ending.is_set():
-                        nbd.request(0, random.randrange(FILL_BYTES // BLOCK) * BLOCK, BLOCK)
+                        nbd.request(READ, random.randrange(FILL_BYTES // BLOCK) * BLOCK, BLOCK)
             except (OSError, AssertionError, EOFError):
                 continue  # the engine was killed: connect again
 
@@ -206,7 +207,7 @@ def test_a_replica_whose_disk_is_gone_is_replaced_on_another_node() -> None:
         places = {r["id"]: r["node"] for r in v.client.volume("moved")["replicas"]}
         assert places["moved-r4"] in spare and "moved-r2" not in places
         with v.nbd() as nbd:
-            assert nbd.request(0, 5 * MIB, MIB).data == v.content
+            assert nbd.request(READ, 5 * MIB, MIB).data == v.content
         # The next engine knows it so.
         pid = v.dolmen.kill_engine("moved")
         v.dolmen.wait_for_engine("moved", other_than=pid)
@@ -222,6 +223,37 @@ def test_a_replica_that_comes_back_after_it_was_replaced_is_deleted(four_nodes: 
         assert Path(old["path"]).exists()
         v.client.start_node(old["node"])
         wait_until(lambda: not Path(old["path"]).exists(), what="the end of what was replaced")
+        v.heal_and_check()
+
+
+def spoil(v: Volume, replica: str, block: int) -> None:
+    """A block of a replica's file is not what was written."""
+    (data,) = Path(v.replica(replica)["path"]).glob("*/data")
+    with data.open("r+b") as file:
+        file.seek(block * BLOCK + 100)
+        file.write(b"spoilt by a disk")
+
+
+def test_blocks_that_only_one_source_has_are_found_and_those_that_none_has_end_the_rebuild(
+    four_nodes: Cluster,
+) -> None:
+    with volume(four_nodes, "spoilt", fill_bytes=8 * MIB) as v:
+        with v.nbd() as nbd:
+            assert nbd.request(FLUSH).error == 0
+        spoil(v, "spoilt-r1", 100)  # spoilt-r3 has it
+        spoil(v, "spoilt-r3", 200)  # spoilt-r1 has it
+        for replica in ("spoilt-r1", "spoilt-r3"):
+            spoil(v, replica, 1500)  # nobody has it
+        start_rebuild(v, "spoilt-r2")
+        wait_until(lambda: "spoilt-r2" in v.in_sync(), what="the end of the rebuild", timeout_s=60.0)
+        with v.nbd() as nbd:
+            for block in (100, 200):
+                assert nbd.request(READ, block * BLOCK, BLOCK).data == v.content[block * BLOCK :][:BLOCK]
+            assert nbd.request(READ, 1500 * BLOCK, BLOCK).error == EIO, "never wrong bytes"
+            assert nbd.request(WRITE, 1500 * BLOCK, BLOCK, data=b"n" * BLOCK).error == 0
+            assert nbd.request(READ, 1500 * BLOCK, BLOCK).data == b"n" * BLOCK
+        # What a read did not meet is still spoilt where it was: a scrub finds and repairs it.
+        v.dolmen.dolmen("volume", "scrub", "spoilt", "--wait")
         v.heal_and_check()
 
 
