@@ -114,6 +114,7 @@ class Replica:
         self._boot_id = boot_id
         self._on_open = on_open
         self._reopen_after_s = 0.0
+        self._claim_due = False  # its store failed since it was claimed: see _check_epoch
         self._lock = asyncio.Lock()
 
     def transition(self, to: ReplicaState, reason: str = "") -> None:
@@ -252,6 +253,7 @@ class Replica:
             await self._io.close_store(self.volume_id)
         except StorageError as error:
             log.info("failed store closed volume=%s error=%s", self.volume_id, error)
+        self._claim_due = True
         await self._open(distrust_cache=True)
         if self.state is ReplicaState.OPEN and suspect and not self._known().suspect:
             self.meta = epochs.store_failed(self._known())  # it could not be persisted then
@@ -293,6 +295,7 @@ class Replica:
             if claimed.restored and not meta.restored:
                 self._doubtful = await self._find_doubtful(claimed)
             await self._persist(claimed)
+            self._claim_due = False
             # Also when repeated: the first time may have failed between the two, and an engine that claims
             # again begins anew. Frames and pulls that its earlier session left end before this is answered.
             await self._io.set_epoch(self.volume_id, epoch)
@@ -303,7 +306,9 @@ class Replica:
 
     async def persist_record(self, *, epoch: int, record: MembershipRecord) -> None:
         async with self._lock:
-            meta = epochs.persist_record(await self._ready(), epoch=epoch, record=record)
+            meta = await self._ready()
+            self._check_epoch(meta, epoch)
+            meta = epochs.persist_record(meta, epoch=epoch, record=record)
             meta = epochs.regions_completed(meta, epoch=epoch, doubtful_count=len(self._doubtful))
             # The stamp first: a crash between the two leaves regions that look newer than they are, which
             # costs a comparison. The other way round they would look older, and be missed.
@@ -312,9 +317,11 @@ class Replica:
 
     async def detach_clean(self, *, epoch: int) -> None:
         async with self._lock:
-            meta = epochs.detached(await self._ready(), epoch=epoch)
-            if meta == self.meta:
+            ready = await self._ready()
+            meta = epochs.detached(ready, epoch=epoch)
+            if meta == ready:
                 return  # said before
+            self._check_epoch(ready, epoch)
             await self._io.set_epoch(self.volume_id, _native_epoch(meta))
             await self._pulls.settle()
             await self._io.clean_all(self.volume_id)
@@ -327,7 +334,7 @@ class Replica:
         assert role is not Role.CONTROL
         async with self._lock:
             meta = await self._ready()
-            epochs.check_epoch(meta, epoch)
+            self._check_epoch(meta, epoch)
             if len(self.data_sessions) + len(self.peer_sessions) >= SESSIONS_PER_REPLICA_MAX:
                 raise BadRequest(reason=f"volume {self.volume_id} has {SESSIONS_PER_REPLICA_MAX} sessions")
             if role is Role.DATA:
@@ -408,8 +415,15 @@ class Replica:
                 epochs.regions_completed(meta, epoch=epoch, doubtful_count=len(self._doubtful))
             )
 
-    def _check_call(self, meta: ReplicaMeta, epoch: int, regions: list[int]) -> None:
+    def _check_epoch(self, meta: ReplicaMeta, epoch: int) -> None:
+        """Also refuses whoever claimed before the store failed and was opened again: it must not go on as if
+        nothing had been lost, but look at the replica anew (C15). Not as fenced: nobody else claimed."""
         epochs.check_epoch(meta, epoch)
+        if self._claim_due:
+            raise DiskError(path=self.path, reason="its store failed since it was claimed")
+
+    def _check_call(self, meta: ReplicaMeta, epoch: int, regions: list[int]) -> None:
+        self._check_epoch(meta, epoch)
         if regions and regions[-1] * REGION_BYTES >= meta.size_bytes:  # they ascend
             raise BadRequest(reason=f"region {regions[-1]} is past the end of volume {self.volume_id}")
 

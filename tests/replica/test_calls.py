@@ -458,6 +458,35 @@ def test_a_failed_store_is_suspect_and_opened_again_when_wanted(
     play_calls(scenario)
 
 
+def test_who_claimed_before_the_store_failed_has_to_claim_again(
+    play_calls: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a record would be committed by a replica that has lost what it had acknowledged."""
+    monkeypatch.setattr(replicas_module, "REOPEN_INTERVAL_S", 0.0)
+
+    async def scenario(rig: Rig) -> None:
+        await rig.create()
+        await rig.claim(1)
+        await rig.persist(1, 1, "r1", "r2")
+        rig.io.deliver(("store_failed", VOLUME, "fdatasync"))
+        await rig.settle()
+        for call, args in (
+            ("persist_record", {"record": {"epoch": 1, "version": 2, "in_sync": ["r1"]}}),
+            ("begin_resync", {"regions": b""}),
+            ("end_resync", {}),
+            ("complete_regions", {"regions": b""}),
+            ("detach_clean", {}),
+        ):
+            with pytest.raises(DiskError, match="since it was claimed"):
+                await rig.call(call, epoch=1, **args)
+        assert rig.on_disk.record.stamp == (1, 1)
+        await rig.claim(1)
+        await rig.persist(1, 2, "r1")
+        assert rig.on_disk.record.stamp == (1, 2)
+
+    play_calls(scenario)
+
+
 def test_suspicion_that_could_not_be_written_is_not_forgotten(
     play_calls: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
