@@ -168,7 +168,9 @@ fn history(seed: u64, dice: &mut Dice, source: &mut SimStore) -> (SimStore, Expe
     store.create(SIZE).unwrap();
     open(&mut store, SIZE).unwrap();
     let (mut expected, mut tag) = (Expected::default(), seed * 1000);
-    SPOTS.iter().for_each(|at| drop(expected.of(*at)));
+    for at in SPOTS {
+        expected.of(at);
+    }
     for _ in 0..dice.roll(12) + 3 {
         work(&mut store, source, dice, &mut expected, &mut tag).unwrap();
     }
