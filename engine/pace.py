@@ -66,6 +66,9 @@ FORGET_CEILING_WINDOWS = 40
 BASELINE_FOR_WINDOWS = 120
 """30 s: then what the client gets without a resync is measured anew, because its work may have changed."""
 
+BASELINE_DOUBTED_WINDOWS = 40
+"""10 s: the same, when the client suffers though next to nothing is copied. Then it is not our doing."""
+
 OPERATIONS_MIN = 200
 """A p99 of fewer says nothing; windows are added up until there are as many, WINDOWS_POOLED_MAX at most."""
 
@@ -220,10 +223,14 @@ class Pace:
         known = [
             _worse(now, self.baseline_us[kind]) for kind, now in found.items() if kind in self.baseline_us
         ]
-        if not known or self._age >= BASELINE_FOR_WINDOWS:
+        worst = max(known, default=0.0)
+        doubted = self.rate_bytes_s <= RATE_FLOOR_BYTES_S and worst > LATENCY_BACK_OFF
+        if not known or self._age >= (BASELINE_DOUBTED_WINDOWS if doubted else BASELINE_FOR_WINDOWS):
             self._measure()  # another kind of work, or too long ago
+            if doubted:  # what was too much by it may have been little
+                self._since_back_off = FORGET_CEILING_WINDOWS
+                self._last_good_bytes_s = RATE_FIRST_BYTES_S
             return
-        worst = max(known)
         too_much_before, self._too_much = self._too_much, worst > LATENCY_BACK_OFF
         if worst > LATENCY_ALARM or (self._too_much and too_much_before):
             self._too_much = False

@@ -120,10 +120,21 @@ def test_work_that_becomes_slower_by_itself_does_not_starve_the_resync() -> None
     assert (client.copied - before) / 30 > 10 * MIB
 
 
+def test_a_baseline_of_a_lucky_moment_is_doubted_when_the_client_suffers_at_the_floor_too() -> None:
+    luck = [1.0]
+    client = Client(lambda rate: luck[0] * linear(200 * MIB)(rate))
+    client.run(3)
+    luck[0] = 4.0  # the machine is busy with something else
+    client.run(20)
+    before = client.copied
+    client.run(20)
+    assert (client.copied - before) / 20 > 30 * MIB
+
+
 def test_the_copying_never_stops_for_long_whatever_the_client_suffers() -> None:
     client = Client(lambda rate: 100.0 if rate <= RATE_FLOOR_BYTES_S / 2 else 1e6)
     client.run(120)
-    assert client.copied >= 0.85 * 120 * RATE_FLOOR_BYTES_S
+    assert client.copied >= 0.75 * 120 * RATE_FLOOR_BYTES_S
     stopped = longest = 0
     for _, rate, _ in client.seen:
         stopped = stopped + 1 if rate == 0 else 0
