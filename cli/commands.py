@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import cluster, node, recover, replica, volume, why
+from cli import cluster, node, recover, recover_disks, replica, volume, why
 from cli.output import EXIT_CODES, Output, OutputOption, show_json, user_errors
 
 
@@ -43,6 +43,7 @@ app.command("up")(cluster.up)
 app.command("down")(cluster.down)
 app.command("status")(cluster.status)
 app.command("why")(why.why)
+app.command("recover")(recover_disks.recover)
 volume.app.command("recover")(recover.recover_volume)
 app.add_typer(volume.app, name="volume")
 app.add_typer(replica.app, name="replica")

@@ -21,12 +21,12 @@ NEWER_EPOCH = "replicas were claimed in an epoch that the state store never gran
 
 
 def distrusted(status: VolumeStatus, reason: str, now: str) -> VolumeStatus:
-    """Repeatable: what is distrusted already keeps its reason, and since when."""
-    if status.distrust is not None:
-        renewed = status.distrust.model_copy(update={"epoch": status.epoch})
-        return status.model_copy(update={"distrust": renewed})
-    distrust = Distrust(reason=reason, epoch=status.epoch, since=now)
-    return status.model_copy(update={"distrust": distrust})
+    """Repeatable: what is distrusted already keeps its reason, and since when. An override may be among what
+    was forgotten, so every replica may be a fork until a record names it."""
+    distrust = status.distrust or Distrust(reason=reason, epoch=0, since=now)
+    distrust = distrust.model_copy(update={"epoch": status.epoch})
+    forked = tuple(sorted(status.replica_size_bytes))
+    return status.model_copy(update={"distrust": distrust, "forked": forked})
 
 
 def overridden(

@@ -38,7 +38,8 @@ def view(state: VolumeState = VolumeState.WAITING, waits: str = "replica") -> Vo
         name="data", volume_id="id", size_bytes=2**30, wanted_size_bytes=2**30, replica_count=3,
         state=state,
         nbd_uri=None, nbd_tcp_uri=None, epoch=7, membership=MembershipView(epoch=7, version=1, in_sync=[]),
-        engine=EngineView(node="node1", pid=1, answering=True, waiting_for=waiting), replicas=[], conditions=[],
+        engine=EngineView(node="node1", pid=1, answering=True, waiting_for=waiting),
+        replicas=[], conditions=[],
     )  # fmt: skip
 
 
