@@ -9,6 +9,7 @@ import pytest
 
 from engine.events import EXIT_FENCED, Action, Claim, SetLease, SetReaders, StoreRecord, TimerKind
 from engine.limits import LEASE_WAIT_S
+from engine.membership import Hints
 from engine.phase import VolumePhase
 from protocol.limits import READ_LEASE_S
 from tests.engine.simulation import Cluster
@@ -211,6 +212,7 @@ def test_a_claim_does_not_make_an_empty_disk_look_like_a_member() -> None:
     # A's disk was replaced by an empty one. An engine claims both, B dies, the engine dies.
     cluster = serving(2)
     cluster.crash_engine()
+    cluster.hints = Hints()  # nobody remembers how often A had been opened
     cluster.replicas[0] = type(cluster.replicas[0])(0, "A")
     cluster.start_engine()
     cluster.settle(until=lambda: cluster.volume.phase is VolumePhase.RECORDING)

@@ -138,6 +138,17 @@ class VolumeMachine(RuleBasedStateMachine):
             self.cluster.loop.renew()
             self.cluster.read((region, half))
 
+    @precondition(lambda self: self.cluster.running and self.cluster.loop.links and self.cluster.loop.writes)
+    @rule(slot=slots, pick=picks)
+    def client_reads_what_one_replica_has(self, slot: int, pick: int) -> None:
+        loop = self.cluster.loop
+        write = loop.writes[pick % len(loop.writes)]
+        link = loop.links.get(self.slot(slot))
+        while link is not None and write.id in link.queue and loop.answers(self.slot(slot)):
+            loop.deliver(self.slot(slot))
+        loop.renew()
+        self.cluster.read(write.halves[0])
+
     # An older engine that was stopped
 
     @rule()
