@@ -15,13 +15,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1, help="how many, from --seed on")
     parser.add_argument("--minutes", type=float, default=0.0, help="as many as fit")
+    parser.add_argument("--theme", default="", help="another than the seed draws (tests/sim/themes.py)")
     parser.add_argument("--trace", action="store_true", help="print what happens")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     began = time.monotonic()
     summary = Summary()
     if arguments.trace:
-        summary.add(run_seed(arguments.seed, trace=print))
+        summary.add(run_seed(arguments.seed, arguments.theme, trace=print))
+    elif arguments.theme:
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+            summary.add(run_seed(seed, arguments.theme))
     elif arguments.minutes:
         run_minutes(summary, arguments.seed, arguments.minutes, arguments.processes)
     else:

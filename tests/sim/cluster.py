@@ -14,7 +14,8 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from engine import membership
 from engine.phase import VolumePhase
@@ -27,6 +28,7 @@ from tests.sim.history import History, Oracle
 from tests.sim.kernel import Process, Sim
 from tests.sim.network import Network
 from tests.sim.servers import Machine
+from tests.sim.themes import BY_NAME, Theme, theme_of
 
 HEALTHY_MAX_S = 90.0
 """A replica that failed often waits up to RETRY_CAP_S before it is tried again, and then may have to be brought
@@ -50,6 +52,7 @@ STOPPED_MAX_S = 15.0
 class Result:
     seed: int
     failure: str = ""
+    theme: str = ""
     operations: int = 0
     errors: int = 0
     unanswered: int = 0
@@ -62,12 +65,13 @@ class Result:
 
 
 class Cluster:
-    def __init__(self, seed: int, *, trace: Callable[[str], None] | None = None) -> None:
+    def __init__(self, seed: int, theme: Theme, *, trace: Callable[[str], None] | None = None) -> None:
         self.sim = Sim(seed, trace=trace)
+        self.theme = theme
         random = self.sim.random
-        count = random.choice((2, 3, 3, 3, 3, 5))
+        count = random.choice(theme.replica_counts or (2, 3, 3, 3, 3, 5))
         regions = random.choice((2, 3, 4, 6))
-        base_s = random.choice((0.0001, 0.0005, 0.003))
+        base_s = theme.delay_s or random.choice((0.0001, 0.0005, 0.003))
         self.network = Network(self.sim, base_s=base_s, jitter_s=base_s * random.choice((0.2, 1.0, 4.0)))
         self.world = Process(self.sim, "world", "world")
         ids = [f"v-r{slot + 1}" for slot in range(count)]
@@ -98,6 +102,7 @@ class Cluster:
             close_share=random.choice((0.0, 0.02)),
             patience_s=random.choice((0.5, 3.0, 100.0)),
         )
+        self._set_the_theme()
         self.clients = [
             Client(self.sim, number, self.control, self.history, self.load)
             for number in range(random.choice((2, 3, 4)))
@@ -107,7 +112,22 @@ class Cluster:
         self.rotten: set[int] = set()
         self.faults = Faults(self)
         self.recovered = False  # by an operator
-        self.safety_s = random.uniform(6.0, 16.0)
+        self.safety_s = random.uniform(6.0, 16.0) * (1.0 if theme.name == "mixed" else 0.6)
+
+    def _set_the_theme(self) -> None:
+        theme, random = self.theme, self.sim.random
+        changed: dict[str, Any] = {}
+        if theme.block_count_max:
+            changed["blocks"] = self.load.blocks[: theme.block_count_max]
+        if theme.think_s:
+            changed["think_s"] = theme.think_s * random.choice((0.5, 1.0, 4.0))
+        for name in ("read_share", "partial_share", "flush_share"):
+            if (share := getattr(theme, name)) is not None:
+                changed[name] = share * random.choice((0.0, 1.0, 1.0)) if name == "partial_share" else share
+        if theme.patience_s:
+            changed["patience_s"] = random.choice(theme.patience_s)
+        if changed:
+            self.load = replace(self.load, **changed)
 
     def lose_power(self, machine: Machine) -> None:
         machine.lose_power()
@@ -260,8 +280,10 @@ class Cluster:
         return result
 
 
-def run_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Result:
-    cluster = Cluster(seed, trace=trace)
+def run_seed(seed: int, theme: str = "", *, trace: Callable[[str], None] | None = None) -> Result:
+    """``theme``: empty for the one that the seed draws."""
+    chosen = BY_NAME[theme] if theme else theme_of(seed)
+    cluster = Cluster(seed, chosen, trace=trace)
     failure = ""
     try:
         cluster.run()
@@ -274,7 +296,7 @@ def run_seed(seed: int, *, trace: Callable[[str], None] | None = None) -> Result
     except Exception:  # noqa: BLE001  # a bug of the code under test, or of ours: both are findings
         failure = traceback.format_exc(limit=-8)
     result = cluster.result(failure)
-    result.seed = seed
+    result.seed, result.theme = seed, chosen.name
     return result
 
 

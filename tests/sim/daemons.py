@@ -59,6 +59,11 @@ class MemoryStore:
         self.documents: dict[tuple[str, str], Document] = {}
         self.revision = 0
 
+    def copy(self) -> MemoryStore:
+        made = MemoryStore()
+        made.documents, made.revision = dict(self.documents), self.revision
+        return made
+
     async def get(self, kind: str, name: str) -> Document | None:
         return self.documents.get((kind, name))
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 
+LATER = frozenset({"old state store"})
+"""Kinds that only themes have: mixed runs draw as they did before these were there."""
+
+
 class Faults:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -47,12 +51,19 @@ class Faults:
             "replica.meta failed": self._fail_meta,
             "rot": self._rot,
             "old directory": self._restore,
+            "old state store": self._restore_store,
         }
 
     def start(self) -> None:
+        if every_s := self.cluster.theme.every_s:
+            for kind, mean_s in every_s.items():
+                self.cluster.world.spawn(self._repeat(kind, self._kinds[kind], mean_s))
+            return
         random = self.sim.random
         eagerness = random.choice((0.5, 1.0, 1.0, 2.0))
         for kind, inject in self._kinds.items():
+            if kind in LATER:
+                continue
             if random.random() < 0.35:
                 mean_s = random.uniform(1.5, 8.0) / eagerness
                 self.cluster.world.spawn(self._repeat(kind, inject, mean_s))
@@ -163,8 +174,11 @@ class Faults:
         if engine is None or daemon is None or daemon.holds is not engine:
             return False
         how = random.choice(("stopped", "cut", "cut off from some", "alive"))
+        if self.cluster.theme.name == "takeover":
+            how = random.choice(("split", "split", "stopped shortly", "cut off from some", "cut"))
         self._note("supersede", engine.name, how)
         cut: list[tuple[str, str]] = []
+        other = "h2" if engine.host == "h1" else "h1"
         if how == "stopped":
             engine.pause()
         elif how == "cut":
@@ -173,16 +187,29 @@ class Faults:
             hosts = [machine.host for machine in self.cluster.machines]
             for host in random.sample(hosts, random.randint(1, len(hosts))):
                 cut += [(engine.host, host), (host, engine.host)]
-        other = "h2" if engine.host == "h1" else "h1"
-        if random.random() < 0.5:  # the new one does not reach everybody either
+        if how == "stopped shortly":
+            engine.pause()
+        elif how == "split":  # each reaches those that the other does not
+            hosts = [machine.host for machine in self.cluster.machines]
+            kept = random.sample(hosts, random.randint(1, len(hosts) - 1))
+            cut = [(engine.host, "d"), ("d", engine.host)] if random.random() < 0.5 else []
+            for host in hosts:
+                away = other if host in kept else engine.host
+                cut += [(away, host), (host, away)]
+        elif random.random() < 0.5:  # the new one does not reach everybody either
             host = random.choice(self.cluster.machines).host
             cut += [(other, host), (host, other)]
         for pair in cut:
             self.cluster.network.block(*pair)
-        yield random.choice((0.0, 0.3))
+        if how != "stopped shortly":
+            yield random.choice((0.0, 0.3))
         if control.daemon is not None and control.daemon.holds is engine:
             control.daemon.give_up_engine()
-        yield self._some_s(random.choice((0.5, 2.0, 5.0)))
+        yield (
+            random.uniform(0.3, 0.9)
+            if how == "stopped shortly"
+            else self._some_s(random.choice((0.5, 2.0, 5.0)))
+        )
         for pair in cut:
             self.cluster.network.unblock(*pair)
         engine.resume()
@@ -333,11 +360,34 @@ class Faults:
         whole = all(at < oracle.sound_since[r] for r, at in oracle.put_back_at.items() if at >= 0)
         if not sound or not whole or machine.server is None or not self.active:
             return False
-        self._note("old directory put back", machine.host)
-        machine.kill()
+        everything = self.cluster.theme.every_s and self.sim.random.random() < 0.7
+        self._note("old directory put back", machine.host, "with everything killed" if everything else "")
+        killed = [machine]
+        if everything:
+            for engine in list(self.cluster.control.engines):
+                engine.end(-9)
+            killed = [other for other in self.cluster.machines if other.server is not None]
+        for other in killed:
+            other.kill()
         yield 0.01
         if machine.server is None:
             machine.restore_copy()
             oracle.put_back(machine.replica_id)
-            machine.start()
+        for other in killed:
+            other.start()
+        return True
+
+    def _restore_store(self) -> Steps:
+        """The state store's files from a while ago, as if by a hand that meant well."""
+        control = self.cluster.control
+        copy = control.store.copy()
+        yield self._some_s(2.0)
+        if not self.active:
+            return False
+        self._note("older state store put back")
+        control.kill_daemon()
+        yield 0.05
+        control.kill_daemon()
+        control.store = copy
+        control.start_daemon()
         return True

@@ -81,7 +81,9 @@ class History:
         ]
         anything = frozenset(Value(writer, number) for number, writer in self._writers.items())
         begins_with = anything if self.starts_with_anything else frozenset()
-        violations = check_with_losses([*self.operations, *open_writes], self.flushes, self.losses, begins_with | {INITIAL})
+        violations = check_with_losses(
+            [*self.operations, *open_writes], self.flushes, self.losses, begins_with | {INITIAL}
+        )
         assert not violations, f"{len(violations)} halves of blocks are not linearizable:\n" + "\n".join(
             f"(block {violation.block // 2}, half {violation.block % 2}) {violation}"
             for violation in violations[:3]

@@ -39,15 +39,15 @@ SEEDS = range(1, 201)
 CHUNKS = 20
 
 
-def run(seed: int) -> None:
-    result = run_seed(seed)
+def run(seed: int, theme: str = "") -> None:
+    result = run_seed(seed, theme)
     assert not result.failure, f"replay with: make sim SEED={seed}\n{result.failure}"
     assert result.operations, f"seed {seed} did nothing"
 
 
 @pytest.mark.parametrize("seed", REGRESSIONS)
 def test_a_seed_that_found_a_bug_once(seed: int) -> None:
-    run(seed)
+    run(seed, "mixed")
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
