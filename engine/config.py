@@ -146,9 +146,13 @@ def _grant(wire: dict[str, Any]) -> Grant:
     counts = isinstance(opens, dict) and len(opens) <= REPLICAS_MAX
     if not counts or any(type(count) is not int or count < 0 for count in opens.values()):
         raise BadRequest(reason="opens is not a map of replica ids to counts")
+    predecessor_ended, override = _flag(wire, "predecessor_ended"), _override(wire.get("override"))
+    if override is not None and not predecessor_ended:
+        # It may leave a majority to the other side: no lease would keep an older engine there from serving.
+        raise BadRequest(reason="override needs predecessor_ended")
     return Grant(
-        predecessor_ended=_flag(wire, "predecessor_ended"),
-        hints=Hints(opens, _flag(wire, "distrust_store"), _override(wire.get("override"))),
+        predecessor_ended=predecessor_ended,
+        hints=Hints(opens, _flag(wire, "distrust_store"), override),
         forked=frozenset(forked),
     )
 

@@ -82,6 +82,7 @@ def test_what_a_grant_says_of_the_past_reaches_the_volume() -> None:
         ("forked", "data-1"),
         ("forked", [""]),
         ("override", {}),
+        ("override", {"members": ["data-1"], "newest": [6, 2]}),  # while an older engine may serve the others
         ("override", {"members": [], "newest": [6, 2]}),
         ("override", {"members": ["data-1"], "newest": [6]}),
     ],
