@@ -261,7 +261,7 @@ def _node_said(node: NodeFacts) -> _Said | None:
     if not process.answers:
         return _Said(
             "node_silent",
-            f"{server} (pid {process.pid}) runs and does not answer",
+            f"{server} (pid {process.pid}) runs and does not answer: stuck, or the network to it is cut",
             "it is asked again all the time; if it stays so, start it anew",
             f"`dolmen node stop {name} --kill`, then {start}",
             Who.OPERATOR,
@@ -382,7 +382,9 @@ class _VolumeExplained:
         if said.get("suspect"):
             text = f"{what} may have lost acknowledged writes: its machine or its disk failed before a flush"
             return _Said("replica_suspect", text, self._compared())
-        if id_ in self.facts.forked:
+        # While the state store is distrusted all of them are, to be sure: that is the fault then.
+        forked = id_ in self.facts.forked and self.facts.distrust is None
+        if forked and replica.state is not ReplicaState.IN_SYNC:
             text = f"{what} may hold writes that were given up by `dolmen volume recover`"
             return _Said("replica_forked", text, self._compared())
         return None
