@@ -161,6 +161,8 @@ class Worker(threading.Thread):
         self._sequence = 0
         self._next_key = 0
         self._pending: dict[int, _Pending] = {}
+        # Used again and again: libnbd's binding never gives up the buffer of an asynchronous request.
+        self._buffers: list[Any] = []
         self._answers: list[tuple[int, int]] = []
 
     def run(self) -> None:
@@ -195,10 +197,10 @@ class Worker(threading.Thread):
         return self._add(Kind.READ if read else Kind.WRITE, block, since=time.monotonic())
 
     def _add(self, kind: Kind, block: int, *, since: float) -> int:
-        value, buffer = None, None
+        value, buffer = None, self._buffers.pop() if self._buffers else nbd.Buffer(BLOCK_BYTES)
         if kind is Kind.WRITE:
             value, self._sequence = Value(self._writer, self._sequence), self._sequence + 1
-            buffer = nbd.Buffer.from_bytearray(encode_tag(block, value))
+            memoryview(buffer.to_buffer())[:] = encode_tag(block, value)
         key, self._next_key = self._next_key, self._next_key + 1
         self._pending[key] = _Pending(kind, block, value, time.monotonic(), since, buffer)
         return key
@@ -220,7 +222,6 @@ class Worker(threading.Thread):
 
         try:
             if request.kind is Kind.READ:
-                request.buffer = nbd.Buffer(BLOCK_BYTES)
                 handle.aio_pread(request.buffer, request.block * BLOCK_BYTES, completed)
             else:
                 handle.aio_pwrite(request.buffer, request.block * BLOCK_BYTES, completed)
@@ -239,6 +240,7 @@ class Worker(threading.Thread):
             request = self._pending.pop(key)
             self.latency_max_s = max(self.latency_max_s, now - request.since)
             self._record(request, error, now)
+            self._buffers.append(request.buffer)
         return not going_away
 
     def _record(self, request: _Pending, error: int, now: float) -> None:
