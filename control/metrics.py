@@ -172,7 +172,8 @@ def add_engine(snapshot: Snapshot, volume: str, replica_ids: list[str], stats: M
     for kind in ("read", "write"):
         snapshot.add("dolmen_engine_bytes_total", (volume, kind), stats.get(f"{kind}_bytes"))
     snapshot.add("dolmen_engine_errors_total", (volume,), stats.get("errors"))
-    snapshot.add("dolmen_engine_repairs_total", (volume,), stats.get("repairs"))
+    for key in ("repairs", "hedged_reads", "hedge_wins", "lease_waits", "order_waits"):
+        snapshot.add(f"dolmen_engine_{key}_total", (volume,), stats.get(key))
     snapshot.add("dolmen_engine_resync_bytes_total", (volume,), stats.get("resync_bytes"))
     snapshot.add("dolmen_engine_resync_limit_bytes", (volume,), stats.get("resync_rate_bytes_s"))
     for key in ENGINE_GAUGES:
@@ -185,6 +186,8 @@ def add_engine(snapshot: Snapshot, volume: str, replica_ids: list[str], stats: M
     for replica, slot in zip(replica_ids, slots if isinstance(slots, list) else (), strict=False):
         labels = (volume, replica)
         snapshot.add("dolmen_engine_replica_connected", labels, int(bool(slot.get("connected"))))
+        if "slow" in slot:
+            snapshot.add("dolmen_engine_replica_slow", labels, int(bool(slot["slow"])))
         snapshot.add("dolmen_engine_replica_in_flight", labels, slot.get("in_flight"))
         snapshot.add("dolmen_engine_replica_requests_total", labels, slot.get("requests"))
         snapshot.add("dolmen_engine_replica_bytes_total", labels, slot.get("bytes"))

@@ -85,6 +85,30 @@ METRICS: tuple[Spec, ...] = (
         _VOLUME,
         "What a resync may copy beside the client's work; 0: no limit, or none runs",
     ),
+    Spec(
+        "dolmen_engine_hedged_reads_total",
+        "counter",
+        "requests",
+        _VOLUME,
+        "Reads asked of a second replica because the first was late",
+    ),
+    Spec(
+        "dolmen_engine_hedge_wins_total", "counter", "requests", _VOLUME, "Of these, those it answered first"
+    ),
+    Spec(
+        "dolmen_engine_lease_waits_total",
+        "counter",
+        "requests",
+        _VOLUME,
+        "Answers to reads held until the read lease held again",
+    ),
+    Spec(
+        "dolmen_engine_order_waits_total",
+        "counter",
+        "requests",
+        _VOLUME,
+        "Answers to reads held until a write they may show was done on all replicas",
+    ),
     Spec("dolmen_engine_clients", "gauge", "1", _VOLUME, "NBD connections"),
     Spec(
         "dolmen_engine_in_flight",
@@ -114,6 +138,13 @@ METRICS: tuple[Spec, ...] = (
         "0 or 1",
         _VOLUME_REPLICA,
         "1 while the engine has a link to the replica",
+    ),
+    Spec(
+        "dolmen_engine_replica_slow",
+        "gauge",
+        "0 or 1",
+        _VOLUME_REPLICA,
+        "1 while reads go to other replicas because they answer clearly faster",
     ),
     Spec(
         "dolmen_engine_replica_in_flight",

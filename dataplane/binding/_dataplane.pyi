@@ -192,10 +192,12 @@ class EngineLoop:
     def stats(self) -> dict[str, object]:
         """Counters: reads, writes, flushes, trims, zeroes, read_bytes, write_bytes, errors, clients,
         in_flight, in_flight_bytes, waiting, repairs, lease_waits (answers held until the read lease held again),
-        lease_frames (sent), order_waits (answers held until a write they may show was done at all members);
+        lease_frames (sent), order_waits (answers held until a write they may show was done at all members),
+        hedged_reads (asked of a second replica because the first was late), hedge_wins (it answered first);
         latency_us_read / _write / _flush: list of
         bucket counts (bucket i: up to 2**i microseconds, 24 buckets) with latency_us_*_sum;
-        slots: list of {"connected", "mode", "in_flight", "requests", "bytes", "latency_us_sum"}."""
+        slots: list of {"connected", "mode", "slow" (reads go elsewhere), "in_flight", "requests", "bytes",
+        "latency_us_sum"}."""
 
 class SimPass:
     """The right to pull for the resync that was under way when ``SimStore.pull_pass`` made it."""

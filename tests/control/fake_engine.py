@@ -73,7 +73,8 @@ class Engine:
                     "clients": self.clients,
                     "latency_us_read": [0, 1, 2],
                     "latency_us_read_sum": 9,
-                    "slots": [{"connected": True, "requests": 3, "latency_us_sum": 2_000_000}],
+                    "hedged_reads": 4,
+                    "slots": [{"connected": True, "slow": True, "requests": 3, "latency_us_sum": 2_000_000}],
                 }
             case "engine.resize":
                 self.size_bytes = args["size_bytes"]

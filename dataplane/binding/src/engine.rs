@@ -172,6 +172,8 @@ fn stats_dict<'py>(py: Python<'py>, report: &StatsReport) -> PyResult<Bound<'py,
         ("lease_waits", counters.lease_waits),
         ("lease_frames", counters.lease_frames),
         ("order_waits", counters.order_waits),
+        ("hedged_reads", counters.hedged_reads),
+        ("hedge_wins", counters.hedge_wins),
         ("clients", report.clients),
         ("in_flight", report.in_flight),
         ("in_flight_bytes", report.in_flight_bytes),
@@ -190,6 +192,7 @@ fn stats_dict<'py>(py: Python<'py>, report: &StatsReport) -> PyResult<Bound<'py,
         let entry = PyDict::new(py);
         entry.set_item("connected", slot.connected)?;
         entry.set_item("mode", slot.mode)?;
+        entry.set_item("slow", slot.slow)?;
         entry.set_item("in_flight", slot.in_flight)?;
         entry.set_item("requests", slot.requests)?;
         entry.set_item("bytes", slot.bytes)?;

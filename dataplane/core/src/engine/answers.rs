@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use super::buffers::Buf;
 use super::commands::Event;
+use super::hedging::Second;
 use super::link::{Arriving, Link, LinkEnd};
 use super::nbd::{self, Command};
 use super::requests::{bit, each, Entry, Outcome, Slots};
@@ -48,11 +49,12 @@ pub struct ReadOp {
     /// Slots that have no good copy, or could not say.
     pub tried: Slots,
     pub sent_at_us: u64,
+    pub second: Option<Second>,
 }
 
 impl ReadOp {
     pub fn new(job: ReadJob, offset: u64, length: u64) -> Self {
-        ReadOp { job, offset, length, id: 0, slot: 0, tried: 0, sent_at_us: 0 }
+        ReadOp { job, offset, length, id: 0, slot: 0, tried: 0, sent_at_us: 0, second: None }
     }
 }
 
@@ -114,11 +116,15 @@ impl Shell {
             LinkEnd::Detached => {}
         }
         self.table.link_gone(slot, &mut self.outcomes);
+        let asked = |op: &ReadOp| op.slot == slot || op.second.is_some_and(|second| second.slot == slot);
         let lost: Vec<u32> =
-            self.reads.iter().filter(|(_, op)| op.id != 0 && op.slot == slot).map(|(key, _)| key).collect();
+            self.reads.iter().filter(|(_, op)| op.id != 0 && asked(op)).map(|(key, _)| key).collect();
         for key in lost {
-            self.reissue(key);
+            if !self.fall_back(key, slot) {
+                self.reissue(key);
+            }
         }
+        self.compare_paces();
         self.retry_waiting_reads();
     }
 
@@ -223,7 +229,10 @@ impl Shell {
         match self.table.entry(header.request_id) {
             Entry::Write(_) => self.on_write_answer(slot, header),
             Entry::Read(key) => self.on_read_answer(slot, key, header, payload),
-            Entry::None => Ok(()),
+            Entry::None => {
+                self.on_late_answer(slot, header.request_id);
+                Ok(())
+            }
         }
     }
 
@@ -265,7 +274,10 @@ impl Shell {
         payload: Payload<'_>,
     ) -> Result<(), LinkEnd> {
         let op = &self.reads[key];
-        if op.slot != slot || op.id != header.request_id {
+        let by_second = op.second.filter(|second| second.id == header.request_id);
+        let (id, asked, sent_at_us) = by_second
+            .map_or((op.id, op.slot, op.sent_at_us), |second| (second.id, second.slot, second.sent_at_us));
+        if asked != slot || id != header.request_id {
             return Ok(());
         }
         match (&op.job, header.status) {
@@ -274,17 +286,26 @@ impl Shell {
             (ReadJob::Cache { .. } | ReadJob::Repair, _) => {}
             (_, other) => return Err(LinkEnd::Failed(other)),
         }
-        let sent_at_us = op.sent_at_us;
-        self.table.drop_read(header.request_id);
+        let took_us = self.now_us.saturating_sub(sent_at_us);
+        self.slot_stats[slot].latency_us_sum += took_us;
+        let ok = header.status == status::OK;
+        let mut first = false;
         if let Some(link) = self.links[slot].as_mut() {
             link.reads_in_flight = link.reads_in_flight.saturating_sub(1);
-            link.slow = false;
+            first = !link.pace.is_known();
+            link.pace.took(took_us, link.slow);
         }
-        self.slot_stats[slot].latency_us_sum += self.now_us.saturating_sub(sent_at_us);
-        let ok = header.status == status::OK;
+        if first {
+            self.compare_paces();
+        }
         if ok {
             self.lease.shown(slot, sent_at_us);
+        } else if self.fall_back(key, slot) {
+            self.reads[key].tried |= bit(slot);
+            return Ok(());
         }
+        self.settle_race(key, slot, id);
+        self.table.drop_read(id);
         // Its region diverged while it was under way: what this replica says may not be what remains.
         if self.park_at_gate(key) {
             return Ok(());

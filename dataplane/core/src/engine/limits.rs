@@ -50,8 +50,28 @@ pub const READ_LEASE_US: u64 = 1_000_000;
 /// here long before it ends.
 pub const READ_LEASE_RENEW_US: u64 = READ_LEASE_US / 2;
 
-/// A read unanswered for this long is asked of another reader as well.
+/// A read unanswered for this long is taken from its reader and asked of another, whatever the budget says.
 pub const READ_REISSUE_US: u64 = 1_000_000;
+
+/// A read is asked of a second reader after this at the earliest: a disk that has to move its head, or a
+/// machine that had another process to run, takes as long.
+pub const HEDGE_DELAY_MIN_US: u64 = 8_000;
+
+/// And after this at the latest, as long as the budget lasts: the stall that a client may see (0.25 s).
+pub const HEDGE_DELAY_MAX_US: u64 = 250_000;
+
+/// One read in so many may be asked twice (5 %): when all readers are slow, hedging must not double their load.
+pub const HEDGE_EVERY_READS: u32 = 20;
+
+/// So many may be asked twice at once: a whole queue, when a reader stops.
+pub const HEDGES_AT_ONCE_MAX: u32 = 32;
+
+/// How much slower than thrice the fastest a reader must be to be avoided: differences below this are not
+/// worth leaving a disk idle.
+pub const SLOW_MARGIN_US: u64 = 2_000;
+
+/// How often a reader that is avoided is tried.
+pub const SLOW_TRY_US: u64 = 500_000;
 
 /// At most one COMPLETED frame a second per link: replicas clean regions after three idle seconds.
 pub const COMPLETED_INTERVAL_US: u64 = 1_000_000;
@@ -76,6 +96,7 @@ pub const GATHER_PIECES: usize = 128;
 /// Bytes written to one peer per turn before the others get theirs.
 pub const SEND_TURN_BYTES: usize = 4 * 1024 * 1024;
 
+const _: () = assert!(HEDGE_DELAY_MIN_US < HEDGE_DELAY_MAX_US && HEDGE_DELAY_MAX_US < READ_REISSUE_US);
 const _: () = assert!(CLIENT_BYTES_MAX >= 2 * NBD_REQUEST_BYTES_MAX);
 const _: () = assert!(ENGINE_BYTES_MAX >= 4 * CLIENT_BYTES_MAX);
 const _: () = assert!(POOL_FREE_BYTES_MAX as u64 >= 32 * FRAME_PAYLOAD_BYTES_MAX);

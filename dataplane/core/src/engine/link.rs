@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use rustix::event::epoll::EventFlags;
 
 use super::buffers::{Buf, SendQueue};
+use super::hedging::Late;
+use super::pace::Pace;
 use crate::frame::{Header, HEADER_BYTES};
 
 /// A reply whose payload has not arrived whole.
@@ -37,8 +39,13 @@ pub struct Link {
     pub reads_in_flight: u32,
     pub writes_in_flight: u32,
     pub lease_asked: Option<LeaseAsked>,
-    /// A read of it took too long: others are asked first until it answers one.
+    pub pace: Pace,
+    /// Clearly slower than another reader: others are asked first.
     pub slow: bool,
+    /// When it was last sent a read that another slot was asked as well.
+    pub tried_us: u64,
+    /// The oldest read that was taken from it.
+    pub late: Option<Late>,
     pub out_blocked: bool,
     pub dirty: bool,
     pub interest: EventFlags,
@@ -58,7 +65,10 @@ impl Link {
             reads_in_flight: 0,
             writes_in_flight: 0,
             lease_asked: None,
+            pace: Pace::default(),
             slow: false,
+            tried_us: now_us,
+            late: None,
             out_blocked: false,
             dirty: false,
             interest: EventFlags::IN,

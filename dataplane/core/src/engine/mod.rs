@@ -6,20 +6,23 @@
 //!              ◄── output ◄── readout      ◄── reading (verify)   ◄── answers        ◄──
 //! ```
 //!
-//! Pure, driven by events in tests: `nbd`, `plan`, `regions`, `requests`, `readout`, `lease`, `spin`.
+//! Pure, driven by events in tests: `nbd`, `plan`, `regions`, `requests`, `readout`, `lease`, `pace`,
+//! `spin`.
 //! Bytes and sockets: `buffers`, `client`, `link`. The shell that turns: `shell`, with `intake`,
-//! `answers`, `holding`, `reading` and `upkeep` as its chapters. The door: `commands`.
+//! `answers`, `holding`, `hedging`, `reading` and `upkeep` as its chapters. The door: `commands`.
 
 mod answers;
 mod buffers;
 mod client;
 mod commands;
+mod hedging;
 mod holding;
 mod intake;
 mod lease;
 mod limits;
 mod link;
 mod nbd;
+mod pace;
 mod plan;
 mod reading;
 mod readout;

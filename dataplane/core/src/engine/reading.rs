@@ -51,10 +51,16 @@ enum Choice {
 
 impl Shell {
     fn choose_reader(&mut self, tried: Slots) -> Choice {
-        let untried = self.readers & !tried;
-        if untried == 0 {
+        if self.readers & !tried == 0 {
             return if self.readers == 0 { Choice::Wait } else { Choice::NoneLeft };
         }
+        self.fastest_reader(tried).map_or(Choice::Wait, Choice::Slot)
+    }
+
+    /// Who of the readers not tried yet should be asked: no slow one if there is another, and of equals the
+    /// one with the least to do.
+    pub(super) fn fastest_reader(&mut self, tried: Slots) -> Option<usize> {
+        let untried = self.readers & !tried;
         let count = self.links.len();
         let mut best: Option<(bool, u32, usize)> = None;
         for step in 0..count {
@@ -69,13 +75,9 @@ impl Shell {
                 }
             }
         }
-        match best {
-            Some((_, _, slot)) => {
-                self.reader_turn = (slot + 1) % count;
-                Choice::Slot(slot)
-            }
-            None => Choice::Wait,
-        }
+        let (_, _, slot) = best?;
+        self.reader_turn = (slot + 1) % count;
+        Some(slot)
     }
 
     /// The region a client's read must wait for, if any: until it is equal, replicas may answer
@@ -128,17 +130,19 @@ impl Shell {
         link.reads_in_flight += 1;
         link.dirty = true;
         self.slot_stats[slot].requests += 1;
+        self.watch_read(key);
     }
 
     /// Its link is gone or too slow: ask another, under a new id. Hints and repairs are let go.
     pub(super) fn reissue(&mut self, key: u32) {
         let op = &mut self.reads[key];
-        let (id, slot) = (op.id, op.slot);
-        op.id = 0;
-        self.table.drop_read(id);
-        if let Some(link) = self.links[slot].as_mut() {
-            link.reads_in_flight = link.reads_in_flight.saturating_sub(1);
+        let (id, slot, sent_at_us) = (op.id, op.slot, op.sent_at_us);
+        self.leave_read(slot, id, sent_at_us);
+        if self.fall_back(key, slot) {
+            return;
         }
+        self.reads[key].id = 0;
+        self.table.drop_read(id);
         match self.reads[key].job {
             ReadJob::Repair => drop(self.reads.remove(key)),
             ReadJob::Cache { request } => {

@@ -5,8 +5,8 @@
 //! a limit held back; timers; then one gathered write per link and per client.
 //!
 //! Chapters: `intake` (bytes of clients become frames), `answers` (frames of links become
-//! outcomes), `holding` (who may see them yet), `reading` (reads, verification, repair), `upkeep` (timers,
-//! limits, stats).
+//! outcomes), `holding` (who may see them yet), `hedging` (reads that are late), `reading` (reads,
+//! verification, repair), `upkeep` (timers, limits, stats).
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
@@ -21,6 +21,7 @@ use super::answers::ReadOp;
 use super::buffers::{Buf, Pool, Sent};
 use super::client::Client;
 use super::commands::{ClientTerms, Clock, Command, Event, Options, Shared};
+use super::hedging::Hedging;
 use super::holding::HeldAnswer;
 use super::intake::{Mutation, Request};
 use super::lease::Lease;
@@ -93,6 +94,7 @@ pub(super) struct Shell {
     /// The number of the last LEASE frame.
     pub lease_number: u64,
     pub held_answers: Vec<HeldAnswer>,
+    pub hedging: Hedging,
     pub fixes: Slab<Fix>,
     pub regions: Regions<Parked>,
     pub paused: bool,
@@ -146,6 +148,7 @@ impl Shell {
             lease: Lease::new(),
             lease_number: 0,
             held_answers: Vec::new(),
+            hedging: Hedging::new(),
             fixes: Slab::new(),
             regions: Regions::new(),
             paused: false,

@@ -34,6 +34,9 @@ pub struct Counters {
     pub lease_frames: u64,
     /// Answers held back until a write that they may show was done everywhere.
     pub order_waits: u64,
+    /// Reads asked of a second replica because the first was late, and those that the second answered first.
+    pub hedged_reads: u64,
+    pub hedge_wins: u64,
     pub latency_read: Histogram,
     pub latency_write: Histogram,
     pub latency_flush: Histogram,
@@ -45,6 +48,8 @@ pub struct SlotStats {
     pub connected: bool,
     /// "sync", "resync" or "none".
     pub mode: &'static str,
+    /// Reads go elsewhere: another replica answers clearly faster.
+    pub slow: bool,
     pub in_flight: u64,
     pub requests: u64,
     pub bytes: u64,

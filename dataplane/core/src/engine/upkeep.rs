@@ -50,6 +50,9 @@ impl Shell {
         if self.links_busy() {
             at(timers.stall_checked_us + STALL_CHECK_US);
         }
+        if let Some(deadline) = self.hedging.deadline_us(timers.not_before_us) {
+            at(deadline);
+        }
         if self.completed_due() {
             at(timers.completed_sent_us + COMPLETED_INTERVAL_US);
         }
@@ -78,8 +81,10 @@ impl Shell {
             if self.links_busy() {
                 self.check_links();
                 self.reissue_slow_reads();
+                self.compare_paces();
             }
         }
+        self.hedge_late_reads(self.timers.not_before_us);
         if now_us >= self.timers.completed_sent_us + COMPLETED_INTERVAL_US && self.completed_due() {
             self.send_completed();
         }
@@ -156,8 +161,9 @@ impl Shell {
                 }
             } else if other && self.reads.get(key).is_some_and(|op| op.id != 0 && op.slot == slot) {
                 if let Some(link) = &mut self.links[slot] {
-                    link.slow = true;
+                    link.pace.at_least(age_us);
                 }
+                self.compare_paces();
                 self.reissue(key);
             }
         }
@@ -201,6 +207,7 @@ impl Shell {
         let slot_stats = self.slot_stats.iter().zip(&self.links).map(|(stats, link)| SlotStats {
             connected: link.is_some(),
             mode: link.as_ref().map_or("none", |link| link.mode()),
+            slow: link.as_ref().is_some_and(|link| link.slow),
             in_flight: link.as_ref().map_or(0, |l| u64::from(l.reads_in_flight + l.writes_in_flight)),
             ..stats.clone()
         });
