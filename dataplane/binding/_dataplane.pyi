@@ -182,6 +182,12 @@ class EngineLoop:
         """Resync: remove regions from the set_partial_wait() set only, and let waiting requests go. A region
         that diverged meanwhile stays unequal."""
 
+    def repair_block(self, slot: int, block_index: int) -> None:
+        """Read a block from another reader than ``slot`` and send it to ``slot``, which takes it if its own copy
+        does not verify. Events: ("block_repaired", slot, block_index) also when its copy was good by then;
+        ("block_unreadable", block_index) when no other reader has a good copy. Forgotten without an event when
+        ``slot`` has no link in mode "sync", or loses it. Raises bad_request when 1024 wait already."""
+
     def pause(self, paused: bool) -> None:
         """While paused, new requests queue (bounded) and none is sent."""
 

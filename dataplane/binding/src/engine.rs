@@ -138,6 +138,10 @@ impl EngineLoop {
         self.handle.partial_done(regions).map_err(to_python)
     }
 
+    fn repair_block(&self, slot: usize, block_index: u64) -> PyResult<()> {
+        self.handle.repair_block(slot, block_index).map_err(to_python)
+    }
+
     fn pause(&self, paused: bool) -> PyResult<()> {
         self.handle.pause(paused).map_err(to_python)
     }

@@ -35,8 +35,14 @@ pub enum ReadJob {
     Cache {
         request: u32,
     },
-    /// A good copy for a slot that has none.
-    Repair,
+    /// One block that a slot is to be given.
+    Order {
+        order: u32,
+    },
+    /// A good copy for a slot that has none. `order`: the one it ends.
+    Repair {
+        order: Option<u32>,
+    },
 }
 
 pub struct ReadOp {
@@ -283,7 +289,7 @@ impl Shell {
         match (&op.job, header.status) {
             (_, status::OK | status::IO_ERROR) => {}
             // A hint that is refused does no harm.
-            (ReadJob::Cache { .. } | ReadJob::Repair, _) => {}
+            (ReadJob::Cache { .. } | ReadJob::Repair { .. }, _) => {}
             (_, other) => return Err(LinkEnd::Failed(other)),
         }
         let took_us = self.now_us.saturating_sub(sent_at_us);
@@ -336,11 +342,15 @@ impl Shell {
                 self.part_done(request, 0);
                 Ok(())
             }
-            ReadJob::Repair => {
+            ReadJob::Order { order } => self.on_order(key, order, ok, payload),
+            ReadJob::Repair { order } => {
                 if let (Some(op), true) = (self.reads.remove(key), ok) {
                     self.counters.repairs += 1;
                     let block_index = op.offset / crate::limits::BLOCK_BYTES;
                     self.events.push(Event::BlockRepaired { slot, block_index });
+                }
+                if let Some(order) = order {
+                    self.end_order(order);
                 }
                 Ok(())
             }
@@ -449,10 +459,10 @@ impl Shell {
     pub(super) fn read_header(&self, op: &ReadOp, id: u64) -> Header {
         Header {
             kind: match op.job {
-                ReadJob::Data { .. } | ReadJob::Fix { .. } => kind::READ,
+                ReadJob::Data { .. } | ReadJob::Fix { .. } | ReadJob::Order { .. } => kind::READ,
                 ReadJob::Status { .. } => kind::BLOCK_STATUS,
                 ReadJob::Cache { .. } => kind::CACHE,
-                ReadJob::Repair => kind::REPAIR,
+                ReadJob::Repair { .. } => kind::REPAIR,
             },
             flags: 0,
             request_id: id,

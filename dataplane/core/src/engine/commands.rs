@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{sync_channel, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -12,7 +12,7 @@ use rustix::event::{eventfd, EventfdFlags};
 use rustix::io::Errno;
 
 use super::lease::Quorum;
-use super::limits::BLOCK_EVENTS_MAX;
+use super::limits::{BLOCK_EVENTS_MAX, REPAIRS_QUEUED_MAX};
 use super::requests::{bit, Slots, SLOTS_MAX};
 use super::shell::Shell;
 use super::stats::StatsReport;
@@ -52,6 +52,7 @@ pub(super) enum Command {
     SetPartialWait(Vec<u32>),
     RegionsEqual { regions: Vec<u32>, diverged_seen: u64 },
     PartialDone(Vec<u32>),
+    RepairBlock { slot: usize, block_index: u64 },
     Pause(bool),
     SetSize(u64),
     Stats(SyncSender<StatsReport>),
@@ -105,6 +106,8 @@ pub(super) struct Shared {
     command_fd: OwnedFd,
     events: Mutex<VecDeque<Event>>,
     event_fd: OwnedFd,
+    /// Repairs ordered and not ended.
+    repairs: AtomicUsize,
 }
 
 /// A poisoned lock is a panic elsewhere, which ends the process (panic = abort): go on.
@@ -130,6 +133,7 @@ impl Shared {
             command_fd: eventfd(0, flags)?,
             events: Mutex::new(VecDeque::new()),
             event_fd: eventfd(0, flags)?,
+            repairs: AtomicUsize::new(0),
         })
     }
 
@@ -140,6 +144,10 @@ impl Shared {
     pub fn take_commands(&self) -> VecDeque<Command> {
         clear(&self.command_fd);
         std::mem::take(&mut *lock(&self.commands))
+    }
+
+    pub fn repair_ended(&self) {
+        self.repairs.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Hand events to Python; one wake-up for all of them.
@@ -273,6 +281,19 @@ impl EngineHandle {
 
     pub fn partial_done(&self, regions: Vec<u32>) -> Result<(), Closed> {
         self.send(Command::PartialDone(regions))
+    }
+
+    /// Give a block of this slot the good copy of another.
+    pub fn repair_block(&self, slot: usize, block_index: u64) -> Result<(), Closed> {
+        self.check_slot(slot)?;
+        if block_index >= self.size_bytes.load(Ordering::Relaxed) / BLOCK_BYTES {
+            return Err(Closed::BadRequest("no such block"));
+        }
+        let more = |count: usize| (count < REPAIRS_QUEUED_MAX).then_some(count + 1);
+        if self.shared.repairs.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_err() {
+            return Err(Closed::BadRequest("too many repairs wait"));
+        }
+        self.send(Command::RepairBlock { slot, block_index })
     }
 
     pub fn pause(&self, paused: bool) -> Result<(), Closed> {

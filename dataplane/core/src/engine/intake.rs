@@ -474,6 +474,7 @@ impl Shell {
     /// One frame, one id, every attached link.
     fn dispatch(&mut self, mutation: Mutation) {
         let Mutation { kind, flags, offset, length, mut buf, request } = mutation;
+        self.spoil_repairs(offset, length);
         let header = Header {
             kind,
             flags,

@@ -87,6 +87,15 @@ pub const ZERO_PARTS_IN_FLIGHT_MAX: u32 = 4;
 /// CACHE is a hint: at most this much of one request is asked for.
 pub const CACHE_BYTES_MAX: u64 = NBD_REQUEST_BYTES_MAX;
 
+/// Repairs by order under way: each is a read and a write of a block, between those of the clients.
+pub const REPAIRS_AT_ONCE_MAX: usize = 8;
+
+/// Repairs by order that wait or are under way. A scrub tells at most 1000 blocks at once.
+pub const REPAIRS_QUEUED_MAX: usize = 1024;
+
+/// How often a block is read for one repair while clients go on writing it: what they write heals it as well.
+pub const REPAIR_READS_MAX: u32 = 8;
+
 /// Events about single blocks that wait for Python. More are counted, not kept.
 pub const BLOCK_EVENTS_MAX: usize = 4096;
 

@@ -9,7 +9,7 @@
 //! Pure, driven by events in tests: `nbd`, `plan`, `regions`, `requests`, `readout`, `lease`, `pace`,
 //! `spin`.
 //! Bytes and sockets: `buffers`, `client`, `link`. The shell that turns: `shell`, with `intake`,
-//! `answers`, `holding`, `hedging`, `reading` and `upkeep` as its chapters. The door: `commands`.
+//! `answers`, `holding`, `hedging`, `reading`, `repairing` and `upkeep` as its chapters. The door: `commands`.
 
 mod answers;
 mod buffers;
@@ -27,6 +27,7 @@ mod plan;
 mod reading;
 mod readout;
 mod regions;
+mod repairing;
 mod requests;
 mod shell;
 mod slab;

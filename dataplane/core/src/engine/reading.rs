@@ -39,6 +39,16 @@ pub struct Fix {
     data: Buf,
     pending: u32,
     failed: bool,
+    /// Parts written since they were read (from, to): no repair any more.
+    spoiled: Vec<(u64, u64)>,
+}
+
+impl Fix {
+    pub fn spoil(&mut self, offset: u64, end: u64) {
+        if self.offset < end && offset < self.offset + self.data.len() as u64 {
+            self.spoiled.push((offset, end));
+        }
+    }
 }
 
 enum Choice {
@@ -88,8 +98,8 @@ impl Shell {
         }
         let op = &self.reads[key];
         match op.job {
-            ReadJob::Data { .. } | ReadJob::Fix { .. } | ReadJob::Status { .. } => {}
-            ReadJob::Cache { .. } | ReadJob::Repair => return None,
+            ReadJob::Data { .. } | ReadJob::Fix { .. } | ReadJob::Status { .. } | ReadJob::Order { .. } => {}
+            ReadJob::Cache { .. } | ReadJob::Repair { .. } => return None,
         }
         let last = (op.offset + op.length - 1) / REGION_BYTES;
         (op.offset / REGION_BYTES..=last)
@@ -144,7 +154,12 @@ impl Shell {
         self.reads[key].id = 0;
         self.table.drop_read(id);
         match self.reads[key].job {
-            ReadJob::Repair => drop(self.reads.remove(key)),
+            ReadJob::Repair { order } => {
+                self.reads.remove(key);
+                if let Some(order) = order {
+                    self.end_order(order);
+                }
+            }
             ReadJob::Cache { request } => {
                 self.reads.remove(key);
                 self.part_done(request, 0);
@@ -170,7 +185,12 @@ impl Shell {
             }
             ReadJob::Data { request } | ReadJob::Status { request } => self.part_done(request, errno::EIO),
             ReadJob::Cache { request } => self.part_done(request, 0),
-            ReadJob::Repair => {}
+            ReadJob::Order { order } => self.give_up_order(order, op.offset / BLOCK_BYTES),
+            ReadJob::Repair { order } => {
+                if let Some(order) = order {
+                    self.end_order(order);
+                }
+            }
         }
     }
 
@@ -210,7 +230,7 @@ impl Shell {
     }
 
     /// An answer was useless as a whole: do not ask that slot again, and go on elsewhere.
-    fn requeue_answered(&mut self, key: u32) {
+    pub(super) fn requeue_answered(&mut self, key: u32) {
         let op = &mut self.reads[key];
         op.id = 0;
         // Not now: the link is about to close, and then all that wait are asked again.
@@ -228,7 +248,14 @@ impl Shell {
             }
         }
         let pending = bad.len() as u32;
-        let fix = self.fixes.insert(Fix { request, offset: op.offset, data, pending, failed: false });
+        let fix = self.fixes.insert(Fix {
+            request,
+            offset: op.offset,
+            data,
+            pending,
+            failed: false,
+            spoiled: Vec::new(),
+        });
         for block in bad {
             let mut one = ReadOp::new(ReadJob::Fix { fix }, block * BLOCK_BYTES, BLOCK_BYTES);
             one.tried = op.tried | bit(op.slot);
@@ -272,22 +299,24 @@ impl Shell {
             Some(at) => target.copy_from_slice(&payload.bytes()[at..at + BLOCK]),
             None => target.fill(0),
         }
-        for slot in each(op.tried & self.attached) {
-            self.send_repair(slot, fix, offset);
+        let block = <[u8; BLOCK]>::try_from(&*target).expect("one block");
+        let spoiled = |(from, to): &(u64, u64)| *from < offset + BLOCK_BYTES && offset < *to;
+        if !self.fixes[fix].spoiled.iter().any(spoiled) {
+            for slot in each(op.tried & self.attached) {
+                self.send_repair(slot, offset, &block, None);
+            }
         }
         self.fix_progress(fix);
         Ok(())
     }
 
     /// Give a slot the good copy. The replica takes it only if its own does not verify at that moment.
-    fn send_repair(&mut self, slot: usize, fix: u32, offset: u64) {
+    pub(super) fn send_repair(&mut self, slot: usize, offset: u64, block: &[u8; BLOCK], order: Option<u32>) {
         let mut buf = self.pool.take(HEADER_BYTES + 8 + BLOCK);
-        let start = (offset - self.fixes[fix].offset) as usize;
-        let block = &self.fixes[fix].data[start..start + BLOCK];
         let sum = block_checksum(offset / BLOCK_BYTES, block);
         buf[HEADER_BYTES..HEADER_BYTES + 8].copy_from_slice(&sum.to_le_bytes());
         buf[HEADER_BYTES + 8..].copy_from_slice(block);
-        let mut op = ReadOp::new(ReadJob::Repair, offset, BLOCK_BYTES);
+        let mut op = ReadOp::new(ReadJob::Repair { order }, offset, BLOCK_BYTES);
         (op.slot, op.sent_at_us) = (slot, self.now_us);
         let key = self.reads.insert(op);
         let id = self.table.add_read(key);

@@ -6,7 +6,7 @@
 //!
 //! Chapters: `intake` (bytes of clients become frames), `answers` (frames of links become
 //! outcomes), `holding` (who may see them yet), `hedging` (reads that are late), `reading` (reads,
-//! verification, repair), `upkeep` (timers, limits, stats).
+//! verification, repair), `repairing` (by order), `upkeep` (timers, limits, stats).
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,6 +30,7 @@ use super::link::{Link, LinkEnd};
 use super::reading::Fix;
 use super::readout::Segment;
 use super::regions::{Regions, Released};
+use super::repairing::Repairing;
 use super::requests::{bit, Outcome, Slots, Table};
 use super::slab::Slab;
 use super::spin::Spin;
@@ -96,6 +97,7 @@ pub(super) struct Shell {
     pub held_answers: Vec<HeldAnswer>,
     pub hedging: Hedging,
     pub fixes: Slab<Fix>,
+    pub repairing: Repairing,
     pub regions: Regions<Parked>,
     pub paused: bool,
     /// Writes that a region let go during a pause.
@@ -150,6 +152,7 @@ impl Shell {
             held_answers: Vec::new(),
             hedging: Hedging::new(),
             fixes: Slab::new(),
+            repairing: Repairing::new(),
             regions: Regions::new(),
             paused: false,
             held: VecDeque::new(),
@@ -234,6 +237,7 @@ impl Shell {
         }
         self.resume_blocked();
         self.release_held();
+        self.start_orders();
         self.upkeep();
         self.run_outcomes();
         self.flush_links();
@@ -278,6 +282,7 @@ impl Shell {
                     let released = self.regions.partial_done(&regions);
                     self.release(released);
                 }
+                Command::RepairBlock { slot, block_index } => self.order_repair(slot, block_index),
                 Command::Pause(paused) => self.pause(paused),
                 Command::SetSize(size_bytes) => self.size_bytes = self.size_bytes.max(size_bytes),
                 // The asker may have gone: then nobody misses the answer.
