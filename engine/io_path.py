@@ -129,11 +129,8 @@ class NativeIoPath:
     def repair_block(self, slot: int, block_index: int) -> None:
         """Read a block elsewhere and give it to ``slot``. A notice tells the end: ("block_repaired", slot,
         block) or ("block_unreadable", block). Raises StorageError."""
-        order = getattr(self._native, "repair_block", None)
-        if order is None:
-            raise BadRequest(reason="this data plane repairs what reads find, and nothing by order")
         try:
-            order(slot, block_index)
+            self._native.repair_block(slot, block_index)
         except _dataplane.NativeError as error:
             raise translate_error(error) from error
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-import _dataplane
 import nbd
 import pytest
 
@@ -16,10 +15,6 @@ from cli.output import Exit
 from tests.faults.incident import Incident
 from tests.support.linearizability import BLOCK_BYTES, Value, encode_tag
 from tests.support.nbd_clients import ReconnectingClient
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(_dataplane.EngineLoop, "repair_block"), reason="this data plane repairs nothing by order"
-)
 
 COLD = (1500, 4000, 9000, 15000)
 """Blocks in four regions that no client reads. The workload's are the first ones."""
