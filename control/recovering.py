@@ -1,6 +1,6 @@
 """``dolmen volume recover``: looks at what is left of a volume, and does what an operator decided.
 
-Owns asking the replicas, and the order of writing the decision and ending the engine. Does not own what can
+Owns asking the replicas and writing the decision. Does not own what can
 be decided (``control/recovery.py``), how the decision reaches the next engine (``control/trust.py``), or
 opening.
 
@@ -9,14 +9,14 @@ What a daemon that is killed leaves behind:
 ==  ==============================================  =====================================================
 #   step                                            a kill after it leaves
 ==  ==============================================  =====================================================
-1   the override is in the volume's document        an engine that does not know of it: as before, until it
-                                                    is ended or ends; the next one is told
+1   the override, and an epoch that nobody has,     the engine before is fenced: it can store no record, and
+    in one write of the volume's document           the next daemon ends it
 2   the engine is ended                             no engine: the next grant carries the override
-3   the engine of the new epoch opens and stores    the record and the others as forked, in one write; the
+3   the engine of the new epoch opens and stores    the record, and the others as forked, in one write; the
     its first record                                override is gone
 ==  ==============================================  =====================================================
 
-Proved by tests/system/test_recover_volume.py.
+Proved by tests/control/test_trust.py, tests/control/test_cluster.py and tests/system/test_recover_volume.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from control.cluster import Cluster
 from control.model import KIND_VOLUME, Volume, VolumeStatus, record_of
 from control.observe import ask_servers
 from control.recovery import Recovery, RecoveryOrder, check_order, copy_of, judge
-from control.trust import overridden
+from control.trust import overridden, withdrawn
 from control.views import SERVING, VolumeState, VolumeView
 from protocol.errors import BadRequest, Conflict, VolumeNotFound
 
@@ -72,7 +72,6 @@ async def recover(cluster: Cluster, name: str, order: RecoveryOrder, *, wait_s: 
         newest=f"{newest[0]}.{newest[1]}",
         loses=choice.loses,
     )
-    await _end_engine(cluster, name)
     served = SERVING - {VolumeState.WAITING}
     return await cluster.view_when(name, lambda view: view.state in served, wait_s)
 
@@ -83,14 +82,7 @@ async def withdraw(cluster: Cluster, name: str) -> VolumeView:
     def change(status: VolumeStatus) -> VolumeStatus:
         if status.override is None:
             raise BadRequest(reason=f"no recovery of volume {name} is under way. `dolmen why {name}`")
-        return status.model_copy(update={"override": None})
+        return withdrawn(status)
 
     await cluster.write_membership(name, change)
-    await _end_engine(cluster, name)
     return await cluster.volume(name)
-
-
-async def _end_engine(cluster: Cluster, name: str) -> None:
-    """The next one is told what was decided. Nothing acknowledged is lost by an engine's end."""
-    if name in cluster.slots:
-        await cluster.slots[name].end()

@@ -32,8 +32,23 @@ def distrusted(status: VolumeStatus, reason: str, now: str) -> VolumeStatus:
 def overridden(
     status: VolumeStatus, members: tuple[str, ...], newest: tuple[int, int], now: str
 ) -> VolumeStatus:
-    override = Override(members=members, newest=newest, epoch=status.epoch, since=now)
-    return status.model_copy(update={"override": override})
+    """An operator decided. The engine that runs does not know it, and is fenced in the same write."""
+    fenced = _fenced(status)
+    override = Override(members=members, newest=newest, epoch=fenced.epoch, since=now)
+    return fenced.model_copy(update={"override": override})
+
+
+def withdrawn(status: VolumeStatus) -> VolumeStatus:
+    """The decision is taken back; an engine that was told of it is fenced in the same write."""
+    return _fenced(status).model_copy(update={"override": None})
+
+
+def _fenced(status: VolumeStatus) -> VolumeStatus:
+    """An epoch that nobody has: the state store takes no record of the engine before it any more, the daemon
+    ends that engine, and the next grant is above it. Whatever is killed when."""
+    assert status.grant is not None
+    grant = status.grant.model_copy(update={"epoch": status.epoch + 1, "engine_id": "nobody"})
+    return status.model_copy(update={"grant": grant})
 
 
 def with_record(status: VolumeStatus, record: Record, opens: Mapping[str, int], now: str) -> VolumeStatus:

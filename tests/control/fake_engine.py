@@ -4,8 +4,8 @@ It commits record (epoch, 1) in the daemon's store when it starts, answers each 
 line ``epoch N`` and keeps it. Files in the volume's directory change what it does:
 ``gone`` holds ids of replicas that are not in sync (a replacement is, at once),
 ``crash`` ends it at once, ``fenced`` once as if it met a newer epoch,
-``state`` holds the state it tells (in ``waiting`` no replica is reached),
-``mute`` makes it answer no call.
+``state`` holds the state it tells (in ``waiting`` no replica is reached, and
+``waits`` names one that it then waits for, unless an override was granted); ``mute`` makes it answer no call.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Engine:
         match call:
             case "engine.status":
                 file = self.dir / "state"
-                state = file.read_text() if file.exists() else "healthy"
+                waits = file.exists() and not self.config.get("override")
+                state = file.read_text() if waits else "healthy"
                 return {
                     "volume_id": self.config["volume_id"],
                     "name": self.config["name"],
@@ -62,7 +63,7 @@ class Engine:
                         }
                         for slot, replica in enumerate(self.config["replicas"])
                     ],
-                    "waiting_for": [],
+                    "waiting_for": self.waiting_for(state),
                     "clients": self.clients,
                 }
             case "engine.stats":
@@ -115,6 +116,12 @@ class Engine:
                 continue
             self.record = record
             return
+
+    def waiting_for(self, state: str) -> list[dict[str, str]]:
+        """As an engine that is told of an override stops waiting."""
+        if state != "waiting" or not (self.dir / "waits").exists():
+            return []
+        return [{"replica": (self.dir / "waits").read_text(), "reason": "it is gone"}]
 
     async def serve_clients(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

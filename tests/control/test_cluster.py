@@ -291,13 +291,7 @@ def test_an_epoch_that_was_never_granted_is_passed_and_makes_the_state_store_dis
     cluster.client.attach("data")
     assert granted(cluster)["epoch"] == 1 and "distrust_store" not in granted(cluster)
     cluster.client.detach("data")
-    cluster.client.stop_node("node2")
-    disk = cluster.layout.disk_dir("node2") / "fake.json"
-    volumes = json.loads(disk.read_text())
-    for volume in volumes.values():
-        volume["epoch"] = 8
-    disk.write_text(json.dumps(volumes))
-    cluster.client.start_node("node2")
+    fill_in(cluster, "node2", epoch=8)
     assert cluster.client.attach("data")["epoch"] == 9
     assert granted(cluster)["distrust_store"] is True and granted(cluster)["predecessor_ended"] is True
     cluster.client.detach("data")
@@ -311,6 +305,46 @@ def test_a_newest_engine_that_is_fenced_makes_the_state_store_distrusted(cluster
     (cluster.layout.volume_dir("data") / "fenced").touch()
     assert cluster.client.attach("data")["epoch"] == 2
     assert granted(cluster)["distrust_store"] is True
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_an_operator_s_decision_reaches_the_next_engine_whatever_became_of_the_daemon(
+    cluster: FakeCluster, killed: bool
+) -> None:
+    cluster.client.create_volume("data", GIB, 3)
+    cluster.client.attach("data")
+    (cluster.layout.volume_dir("data") / "waits").write_text("data-r1")
+    (cluster.layout.volume_dir("data") / "state").write_text("waiting")
+    record = {"epoch": 1, "version": 1, "in_sync": ["data-r1", "data-r2", "data-r3"]}
+    for node in ("node2", "node3"):
+        fill_in(cluster, node, epoch=1, record=record, synced_at=[1, 1])
+    old = cluster.engine_pids("data")
+    found = cluster.client.recovery("data")
+    choice = next(c for c in found["choices"] if c["members"] == ["data-r3"])
+    before = cluster.client.volume("data")
+    checked = cluster.client.recover("data", ["data-r3"], choice["confirm"], dry_run=True)
+    assert checked["epoch"] == before["epoch"] and cluster.engine_pids("data") == old
+    if killed:
+        cluster.client.recover("data", ["data-r3"], choice["confirm"], dry_run=False, wait_s=0)
+        cluster.kill_daemon()  # the decision is written; whether the engine was ended is chance
+        cluster.start(wait=False)
+        wait_until(lambda: accepts(cluster.layout.daemon_socket))
+    else:
+        cluster.client.recover("data", ["data-r3"], choice["confirm"], dry_run=False)
+    wait_until(lambda: cluster.client.volume("data")["state"] == "healthy")
+    assert granted(cluster)["override"] == {"members": ["data-r3"], "newest": [1, 1]}
+    assert granted(cluster)["epoch"] == 3 and cluster.engine_pids("data") != old
+
+
+def fill_in(cluster: FakeCluster, node: str, **facts: object) -> None:
+    """What a stand-in says of its replicas from its next start on."""
+    cluster.client.stop_node(node)
+    disk = cluster.layout.disk_dir(node) / "fake.json"
+    volumes = json.loads(disk.read_text())
+    for volume in volumes.values():
+        volume.update(facts)
+    disk.write_text(json.dumps(volumes))
+    cluster.client.start_node(node)
 
 
 def test_a_verification_compares_in_sync_replicas_and_names_a_different_one(cluster: FakeCluster) -> None:

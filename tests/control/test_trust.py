@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from control.model import Grant, Override, Record, Volume, VolumeStatus, dump, new_volume
-from control.trust import distrusted, grant_keys, overridden, with_record
+from control.trust import distrusted, grant_keys, overridden, with_record, withdrawn
 
 IDS = ("data-r1", "data-r2", "data-r3")
 NOW, LATER = "2026-01-01T00:00:00+00:00", "2026-01-01T00:00:09+00:00"
@@ -63,9 +63,19 @@ def test_an_override_is_granted_at_once_with_the_others_as_forked() -> None:
 def test_an_override_is_spent_by_the_record_of_the_new_epoch_which_makes_the_others_forked() -> None:
     ordered = overridden(status(5), IDS[:2], (5, 1), NOW)
     assert with_record(ordered, record(5, 2), {}, LATER).override is not None  # the engine of before
-    opened = with_record(granted(ordered, 6), record(6, 1, IDS[:1]), {}, LATER)
+    opened = with_record(granted(ordered, 7), record(7, 1, IDS[:1]), {}, LATER)
     assert opened.override is None
     assert opened.forked == ("data-r2", "data-r3")  # also one that was to open it and did not
+
+
+def test_an_order_and_its_withdrawal_fence_the_engine_before_in_the_same_write() -> None:
+    ordered = overridden(status(5), IDS[:1], (5, 1), NOW)
+    assert ordered.epoch == 6 and ordered.override is not None and ordered.override.epoch == 6
+    # A record of the engine before is refused now (``EngineCalls``): its epoch is not the newest. And the
+    # next engine's is newer than the order.
+    assert with_record(granted(ordered, 7), record(7, 1, IDS[:1]), {}, LATER).override is None
+    back = withdrawn(granted(ordered, 7))
+    assert back.override is None and back.epoch == 8
 
 
 def test_a_fork_ends_with_the_record_that_names_the_replica() -> None:
@@ -88,4 +98,4 @@ def test_what_is_kept_survives_the_state_store() -> None:
     made = distrusted(overridden(status(), IDS[:1], (5, 1), NOW), "because", NOW)
     read = VolumeStatus.model_validate(dump(made))
     assert read == made
-    assert read.override == Override(members=IDS[:1], newest=(5, 1), epoch=5, since=NOW)
+    assert read.override == Override(members=IDS[:1], newest=(5, 1), epoch=6, since=NOW)
