@@ -290,6 +290,14 @@ def p99_us(buckets: tuple[int, ...]) -> float:
     raise AssertionError("the buckets do not add up")
 
 
+def is_worth_telling(said_bytes_s: int, now_bytes_s: int) -> bool:
+    """Not every small step of a rebuild that takes hours: that it is held back, that it no longer is, and
+    each factor of four."""
+    if not said_bytes_s or not now_bytes_s:
+        return said_bytes_s != now_bytes_s
+    return not 1 / 4 < now_bytes_s / said_bytes_s < 4
+
+
 class LoadMeter:
     """Turns the data plane's counters, which only grow, into windows."""
 

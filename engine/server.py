@@ -39,7 +39,7 @@ from engine.events import (
 from engine.frontend import Frontend
 from engine.io_path import IoPath, Notice
 from engine.negotiation import Export, ExportTable
-from engine.pace import PACE_INTERVAL_S, STARTING, LoadMeter, Pace
+from engine.pace import PACE_INTERVAL_S, STARTING, LoadMeter, Pace, is_worth_telling
 from engine.replica_link import CALL_OF, ReplicaLink
 from engine.rpc_api import serve_control
 from engine.scrub import Repairs
@@ -179,7 +179,7 @@ class EngineServer:
             self._pacing = self._tasks.create_task(self._keep_pace(), name="pace")
 
     async def _keep_pace(self) -> None:
-        pace, meter = Pace(), LoadMeter()
+        pace, meter, said_bytes_s = Pace(), LoadMeter(), 0
         clock = asyncio.get_running_loop().time
         try:
             before_s = clock()
@@ -193,7 +193,8 @@ class EngineServer:
                     now = pace.step(load)
                     if now != was:
                         self.post(Paced(now))
-                    if now.rate_bytes_s != was.rate_bytes_s:
+                    if is_worth_telling(said_bytes_s, now.rate_bytes_s):
+                        said_bytes_s = now.rate_bytes_s
                         log.info("resync paced", extra={"fields": pace.told()})
                 await asyncio.sleep(PACE_INTERVAL_S)
         finally:

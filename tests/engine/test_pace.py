@@ -13,6 +13,7 @@ from engine.pace import (
     LoadMeter,
     Pace,
     PaceState,
+    is_worth_telling,
     p99_us,
 )
 
@@ -168,3 +169,8 @@ def test_the_meter_tells_what_was_added() -> None:
     assert meter.window({"latency_us_read": [1, 2]}, window_s=1, copied_bytes=5) is None
     load = meter.window({"latency_us_read": [1, 7], "reads": 9}, window_s=1, copied_bytes=25)
     assert load is not None and load.operations == 5 and load.copied_bytes == 20
+
+
+def test_the_log_tells_the_large_steps_only() -> None:
+    assert is_worth_telling(0, 5) and is_worth_telling(5, 0) and not is_worth_telling(0, 0)
+    assert not is_worth_telling(100, 150) and is_worth_telling(100, 400) and is_worth_telling(400, 100)
