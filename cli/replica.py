@@ -1,4 +1,4 @@
-"""``dolmen replica ...``: the copies of a volume, listed and verified.
+"""``dolmen replica ...``: the copies of a volume, listed, verified, made anew and replaced.
 
 Owns the arguments, the tables and the words of these commands. Does not own the comparison
 (``control/verify.py``) or the reading (``replica/verify.py``): both are reached through ``control.client``.

@@ -643,6 +643,7 @@ class Volume:
                 continue
             if not self._is_member(entry):
                 if entry.report is not None and entry.report.state == "open":
+                    entry.reason = "it missed writes and waits for its turn"
                     self.move(entry, ReplicaState.STALE)
                 else:
                     entry.reason = self._obstacle(entry)
