@@ -8,7 +8,7 @@ and commit rules), ``joining.py`` (a resync), ``reconcile.py``, ``requests.py`` 
 Does not own requests, blocks or sockets: that is ``dataplane/core/src/engine/``, reached through
 ``io_path.py``.
 
-Promises, checked after each step (``check_invariants``): while clients are served, a write is acknowledged
+Promises, checked after each step (``invariants.py``): while clients are served, a write is acknowledged
 only when it is held by every replica that any record named which may be durable anywhere (C13); only replicas
 that the committed record names, and that have a link, serve reads (C8); at most one resync runs, and none
 while members are being made equal.
@@ -17,7 +17,7 @@ while members are being made equal.
 from __future__ import annotations
 
 from engine import events as ev
-from engine import replacing
+from engine import invariants, replacing
 from engine.joining import Joining
 from engine.limits import (
     LEASE_WAIT_S,
@@ -797,26 +797,4 @@ class Volume:
         self.act(ev.Stop(exit_code))
 
     def check_invariants(self) -> None:
-        if self.ended:
-            return
-        if self.ledger is not None:
-            self.ledger.check_invariants()
-            committed = self.ledger.committed.in_sync
-            for entry in self.entries:
-                assert not entry.in_sync or entry.id in committed, entry.id
-                assert not entry.in_sync or entry.generation is not None, entry.id
-                assert entry.state is not ReplicaState.OFFLINE or entry.generation is None, entry.id
-        if self.phase in (VolumePhase.SERVING, VolumePhase.DETACHING):
-            assert self.ledger is not None and self.ledger.opened
-            ids = {self.entries[slot].id for slot in self.members}
-            assert ids >= self.ledger.exposed  # C13
-            assert {self.entries[slot].id for slot in self.readers} <= self.ledger.committed.in_sync  # C8
-            assert all(self.entries[slot].in_sync for slot in self.readers)
-        elif self.phase is not VolumePhase.CLEANING:
-            assert self.members == () and self.readers == ()
-        resyncing = [entry for entry in self.entries if entry.state in RESYNC_STATES]
-        assert resyncing == ([self.joining.target] if self.joining is not None else [])
-        assert self.joining is None or self.reconcile is None
-        for part in (self.joining, self.reconcile):
-            if part is not None:
-                part.check_invariants()
+        invariants.check(self)
