@@ -274,7 +274,9 @@ def test_a_replica_is_replaced_by_itself_after_the_time_that_was_set() -> None:
         client.start_node(old)
 
         def done() -> bool:
-            return bool({r["id"]: r["node"] for r in client.volume("data")["replicas"]}.get("data-r4") == spare)
+            return bool(
+                {r["id"]: r["node"] for r in client.volume("data")["replicas"]}.get("data-r4") == spare
+            )
 
         wait_until(done, what="the replacement")
         wait_until(lambda: client.volume("data")["state"] == "healthy", what="health")
