@@ -53,9 +53,7 @@ def test_several_batches_are_under_way_at_a_time_and_never_more() -> None:
 
 @pytest.mark.parametrize("victim", ["source", "target", "engine"])
 @pytest.mark.parametrize("after_pulls", range(0, 12))
-def test_whoever_dies_in_the_middle_of_a_resync_it_goes_on(
-    victim: str, after_pulls: int
-) -> None:
+def test_whoever_dies_in_the_middle_of_a_resync_it_goes_on(victim: str, after_pulls: int) -> None:
     cluster = behind(48)
     seen: list[tuple[int, ...]] = []
     original = cluster._pull
