@@ -95,8 +95,8 @@ fuzz: build $(STAMPS)/fuzz-tools  ## fuzz frames, NBD, store files, parsers and 
 
 MINUTES ?= 10
 SEED ?= $(shell echo $$RANDOM)
-soak: build  ## mixed I/O with a random fault every 20 s: MINUTES=60 SEED=7
-	@$(PY) -m tests.soak --minutes $(MINUTES) --seed $(SEED)
+soak: build  ## mixed I/O with a random fault every 20 s: MINUTES=60 SEED=7 GUEST=1
+	@$(PY) -m tests.soak --minutes $(MINUTES) --seed $(SEED) $(if $(GUEST),--guest)
 
 sizes:  ## the longest files
 	@git ls-files '*.py' '*.rs' | xargs wc -l | sort -n | tail -15

@@ -101,6 +101,10 @@ class Guest:
 
         wait_until(shown, timeout_s=timeout_s, what=f"the guest saying {text!r}")
 
+    def wait_for_end(self) -> None:
+        """After somebody killed it."""
+        wait_until(lambda: self._qemu.process.poll() is not None, what="the end of the guest")
+
     def result(self, *, timeout_s: float = GUEST_TIMEOUT_S_DEFAULT) -> GuestResult:
         """Wait until the guest has powered itself off. Raises GuestTimeout."""
         try:

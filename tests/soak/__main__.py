@@ -15,6 +15,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, help="for the same faults again; default: a new one")
     parser.add_argument("--period", type=float, default=PERIOD_S_DEFAULT, help="seconds from fault to fault")
+    parser.add_argument("--guest", action="store_true", help="a guest syncs files on ext4 and kernel NBD too")
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
     given = parser.parse_args()
     seed = random.SystemRandom().randrange(2**32) if given.seed is None else given.seed
@@ -23,6 +24,7 @@ def main() -> int:
         seed=seed,
         duration_s=60 * given.minutes,
         period_s=given.period,
+        guest=given.guest,
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
     print(json.dumps(report.to_json(), indent=1) if given.output == "json" else as_text(report))
@@ -42,6 +44,8 @@ def as_text(report: Report) -> str:
         f"{report.reconnects} reconnects, {report.verifications} comparisons of all replicas, "
         f"{report.mismatches} mismatches"
     )
+    if report.guest_files is not None:
+        lines.append(f"{report.guest_files} files synced by a guest, all there after its end")
     for role in sorted(report.rss_growth_bytes_max):
         lines.append(
             f"{role}: grew by at most {report.rss_growth_bytes_max[role] / 2**20:.1f} MiB and "

@@ -14,6 +14,7 @@ import contextlib
 import os
 import random
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from typing import Any
 from bench.network import NetworkUnavailable, PrivateNetwork, private_network
 from tests.faults.conftest import prepared
 from tests.faults.incident import Incident
+from tests.guest.files import writing_files
 from tests.soak.faults import FAULTS, Fault, Stage
 from tests.soak.load import Registers, Shadow
 from tests.support.cluster import Cluster, cluster
@@ -44,6 +46,12 @@ measured elsewhere, on a quiet machine."""
 
 VERIFY_EVERY = 5
 """Windows between comparisons of all replicas byte for byte."""
+
+GUEST_VOLUME = "guest"
+GUEST_BYTES = 64 * 1024 * 1024
+GUEST_SLOTS = 100
+GUEST_FILES_MAX = 1_000_000
+"""Never reached: the guest writes until its end."""
 
 RSS_GROWTH_BYTES_MAX = 48 * 1024 * 1024
 DESCRIPTOR_GROWTH_MAX = 32
@@ -83,6 +91,7 @@ class Report:
     reconnects: int = 0
     verifications: int = 0
     mismatches: int = 0
+    guest_files: int | None = None  # synced by a guest and there after its end; None: no guest ran
     rss_growth_bytes_max: dict[str, int] = field(default_factory=dict)
     descriptor_growth_max: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -139,8 +148,44 @@ def _stage(chance: random.Random) -> Iterator[tuple[Stage, PrivateNetwork | None
         yield Stage(incident, chance, disk), network
 
 
+@contextlib.contextmanager
+def _guest(stage: Stage, report: Report) -> Iterator[None]:
+    """A guest that syncs files on a volume of its own for as long as the block lasts, then dies."""
+    dolmen, client = stage.incident.dolmen, stage.incident.client
+    client.create_volume(GUEST_VOLUME, GUEST_BYTES, 3)
+    uri = str(client.attach(GUEST_VOLUME)["nbd_uri"])
+    dolmen.wait_for_state(GUEST_VOLUME, "healthy")
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="dolmen-soak-") as work,
+            writing_files(
+                uri=uri,
+                volume=GUEST_VOLUME,
+                dolmen_dir=dolmen.dir,
+                size_bytes=GUEST_BYTES,
+                work=Path(work),
+                count=GUEST_FILES_MAX,
+                slots=GUEST_SLOTS,
+            ) as writer,
+        ):
+            writer.guest.wait_for("synced 1.")
+            yield
+            report.guest_files = writer.kill()
+            dolmen.wait_for_state(GUEST_VOLUME, "healthy")
+            writer.check(report.guest_files)
+    except (AssertionError, TimeoutError) as error:
+        report.problems.append(f"guest: {error}")
+    client.detach(GUEST_VOLUME)
+    client.delete_volume(GUEST_VOLUME)
+
+
 def soak(
-    *, seed: int, duration_s: float, period_s: float = PERIOD_S_DEFAULT, say: Callable[[str], None] = print
+    *,
+    seed: int,
+    duration_s: float,
+    period_s: float = PERIOD_S_DEFAULT,
+    guest: bool = False,
+    say: Callable[[str], None] = print,
 ) -> Report:
     """Runs whole windows until ``duration_s`` is over, or something is wrong."""
     chance = random.Random(seed)
@@ -156,10 +201,12 @@ def soak(
         soaking = _Soak(stage, report, say)
         soaking.start()
         deck: list[Fault] = []
-        while time.monotonic() - began < duration_s and not report.problems:
-            if not deck:
-                deck = chance.sample(possible, len(possible))  # every kind once, then again
-            soaking.window(deck.pop(), period_s)
+        with _guest(stage, report) if guest else contextlib.nullcontext():
+            while time.monotonic() - began < duration_s and not report.problems:
+                if not deck:
+                    deck = chance.sample(possible, len(possible))  # every kind once, then again
+                soaking.window(deck.pop(), period_s)
+            stage.incident.mend()
         soaking.end()
     report.wall_s = round(time.monotonic() - began, 1)
     return report
