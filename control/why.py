@@ -453,7 +453,7 @@ class _VolumeExplained:
                 f"{about}'s records",
                 "store_distrusted",
                 f"the state store may have missed records of volume {name}: {self.facts.distrust.reason}",
-                then="it is opened only with all that the newest record names, and trusted after that",
+                then="it is opened only when every replica can be asked, and trusted after that",
                 since=self.facts.distrust.since,
             )
         if self.facts.override is not None:

@@ -19,6 +19,10 @@ from replica.disk import DISK_FILE, DISK_FILE_BYTES_MAX, REPLICAS_DIR, judge_rep
 from replica.metadata import ReplicaMeta, read_meta
 
 
+NO_RECORD = MembershipRecord(0, 0, frozenset())
+"""What a replica holds that was never in use."""
+
+
 @dataclass(frozen=True, slots=True)
 class SurveyedReplica:
     """``trouble`` says why the rest is not known; "" when it is."""
@@ -30,7 +34,7 @@ class SurveyedReplica:
     name: str = ""
     size_bytes: int = 0
     epoch: int = 0
-    record: MembershipRecord = MembershipRecord(0, 0, frozenset())
+    record: MembershipRecord = NO_RECORD
     synced_at: tuple[int, int] = (0, 0)
     chain: tuple[str, ...] = ()
     opens: int = 0
