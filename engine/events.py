@@ -382,6 +382,7 @@ class PullRegions:
     source: int
     regions: Regions
     rate_bytes_s: int = 0  # 0: no limit
+    source_process: str = ""  # the process that answered the source's claim; "": not known
     take_damaged: bool = False  # record as lost what the source has no good copy of: nobody has one
 
 

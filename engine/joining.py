@@ -245,6 +245,7 @@ class Joining:
                     source.slot,
                     batch,
                     rate_bytes_s=pace.rate_of_one_bytes_s if background else 0,
+                    source_process=source.process_id,
                     take_damaged=take_damaged,
                 )
             )

@@ -89,7 +89,8 @@ class Reconcile:
         for target in self._targets.values():
             while batch := target.plan.next_call():
                 slot, session = target.entry.slot, target.entry.session
-                self._host.act(PullRegions(slot, session, source.slot, batch))
+                process = source.process_id
+                self._host.act(PullRegions(slot, session, source.slot, batch, source_process=process))
 
     def _begin(self) -> None:
         """Begin anew for all that is not equal yet.

@@ -173,6 +173,11 @@ class ReplicaEntry:
         return self.rolled_back or self.forked
 
     @property
+    def process_id(self) -> str:
+        """Of the server process whose word its state is: another at its address may lack what it had."""
+        return self.report.process_id if self.report is not None else ""
+
+    @property
     def record(self) -> MembershipRecord:
         assert self.report is not None
         return self.report.record

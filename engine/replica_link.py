@@ -314,6 +314,8 @@ class ReplicaLink:
         options: dict[str, Any] = {}
         if action.rate_bytes_s:
             options["rate_bytes_s"] = action.rate_bytes_s
+        if action.source_process:
+            options["source_process"] = action.source_process
         if action.take_damaged:
             options["take_damaged"] = True
         wire = await self._ask_long(

@@ -56,7 +56,9 @@ class Args:
             raise BadRequest(reason=f"{name} is not a number from {least} to {most}")
         return value
 
-    def identifier(self, name: str) -> str:
+    def identifier(self, name: str, *, missing: str | None = None) -> str:
+        if missing is not None and name not in self._left:
+            return missing
         value = self._take(name)
         if not isinstance(value, str) or not 0 < len(value) <= ID_CHARS_MAX or not value.isprintable():
             raise BadRequest(reason=f"{name} is not a text of 1 to {ID_CHARS_MAX} characters")
@@ -234,6 +236,7 @@ class Calls:
         epoch, (host, port), regions = args.epoch(), args.source(), args.regions()
         rate_bytes_s = args.integer("rate_bytes_s", least=0, most=RATE_BYTES_S_MAX, missing=0)
         take_damaged = args.flag("take_damaged")
+        source_process = args.identifier("source_process", missing="")
         replica = self._only_replica(args)
         pull_round = await self.finish(replica.prepare_pull(epoch=epoch, regions=regions), "prepare pull")
         return await replica.pull_regions(
@@ -244,6 +247,7 @@ class Calls:
             pull_round=pull_round,
             rate_bytes_s=rate_bytes_s,
             take_damaged=take_damaged,
+            source_process=source_process,
         )
 
     async def _end_resync(self, args: Args) -> dict[str, Any]:

@@ -54,15 +54,17 @@ class Pulls:
         pull_round: int,
         rate_bytes_s: int = 0,
         take_damaged: bool = False,
+        source_process: str = "",
     ) -> dict[str, int]:
         """Make ``regions`` equal to those of the replica at ``host:port``. ``pull_round`` is what ``round``
         was when it was decided. ``rate_bytes_s``: what is copied a second at most, 0: no limit.
-        ``take_damaged``: record as damaged what the source has no good copy of.
+        ``take_damaged``: record as damaged what the source has no good copy of. ``source_process``: the process
+        that is to answer there; another, started since, may lack what that one held (C8). Empty: any.
 
         Raises what connect_socket raises, Unreachable when the pulls were ended meanwhile, SourceFailed,
         StaleEpoch, or an error of our own disk.
         """
-        sock, _ = await connect_socket(
+        sock, greeting = await connect_socket(
             host,
             port,
             key=self._key,
@@ -75,6 +77,9 @@ class Pulls:
             # It would compare with the source of a resync that is over.
             sock.close()
             raise _ended(volume_id)
+        if source_process and source_process != greeting.process_id:
+            sock.close()
+            raise Unreachable(peer=f"{host}:{port}", reason="another process answers there by now")
         self._sockets.add(sock)
         pulling = asyncio.ensure_future(
             self._io.pull_regions(

@@ -386,6 +386,7 @@ class Replica:
         pull_round: int,
         rate_bytes_s: int = 0,
         take_damaged: bool = False,
+        source_process: str = "",
     ) -> dict[str, int]:
         """After prepare_pull. May be cancelled. Not under the lock: a newer claim must not wait for it; it
         stops it, and the data plane checks the epoch of what is still under way."""
@@ -398,6 +399,7 @@ class Replica:
             pull_round=pull_round,
             rate_bytes_s=rate_bytes_s,
             take_damaged=take_damaged,
+            source_process=source_process,
         )
 
     async def end_resync(self, *, epoch: int) -> None:

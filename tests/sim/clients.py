@@ -30,6 +30,7 @@ class Load:
     flush_share: float
     fua_share: float
     close_share: float  # of requests after which the client cuts its connection
+    readers_count: int  # clients that only read, and stay with their engine while it lives
     patience_s: float  # an engine that answers nothing for so long is left for the newest
 
 
@@ -44,6 +45,7 @@ class Client(Process):
         self.running = True
         self.engine: EngineProcess | None = None
         self.busy = False
+        self.only_reads = number < load.readers_count
         self.spawn(self._run())
 
     def _run(self) -> Steps:
@@ -68,7 +70,9 @@ class Client(Process):
         random, load = self.sim.random, self.load
         block = random.choice(load.blocks)
         chosen = random.random()
-        if chosen < load.flush_share:
+        if self.only_reads:
+            yield from self.read(block)
+        elif chosen < load.flush_share:
             yield from self.flush()
         elif chosen < load.flush_share + load.read_share:
             yield from self.read(block)
@@ -156,7 +160,8 @@ class _Answer:
 
     def impatient(self) -> None:
         newest = self._client.control.engines[-1]
-        if not self.future.done and self._client.engine is not newest:
+        stays = self._client.only_reads
+        if not self.future.done and self._client.engine is not newest and not stays:
             self._settle(("impatient", None))
         elif not self.future.done:
             self._client.after(self._client.load.patience_s, self.impatient)

@@ -101,11 +101,12 @@ class Cluster:
             fua_share=random.choice((0.0, 0.1)),
             close_share=random.choice((0.0, 0.02)),
             patience_s=random.choice((0.5, 3.0, 100.0)),
+            readers_count=0,
         )
         self._set_the_theme()
         self.clients = [
             Client(self.sim, number, self.control, self.history, self.load)
-            for number in range(random.choice((2, 3, 4)))
+            for number in range(random.choice((2, 3, 4)) + self.load.readers_count)
         ]
         # Blocks that rotted on one replica. Should the others be lost while it is the only one in sync, nobody
         # has a good copy that is known to be the newest: an error, and never wrong bytes (C16).
@@ -124,6 +125,8 @@ class Cluster:
         for name in ("read_share", "partial_share", "flush_share"):
             if (share := getattr(theme, name)) is not None:
                 changed[name] = share * random.choice((0.0, 1.0, 1.0)) if name == "partial_share" else share
+        if theme.readers_count:
+            changed["readers_count"] = theme.readers_count
         if theme.patience_s:
             changed["patience_s"] = random.choice(theme.patience_s)
         if changed:
@@ -221,7 +224,7 @@ class Cluster:
 
     def _stop_clients(self) -> None:
         for client in self.clients:
-            client.running = False
+            client.running = client.only_reads = False
         idle = lambda: not any(client.busy for client in self.clients)  # noqa: E731
         if not self.sim.run(until_s=self.sim.now + STOPPED_MAX_S, stop=idle):
             raise AssertionError(f"a healthy volume leaves requests unanswered: {self._why()}")

@@ -300,6 +300,7 @@ class ReplicaLink:
             source=self.engine.addresses[action.source],
             regions=list(action.regions),
             take_damaged=action.take_damaged,
+            source_process=action.source_process,
         )
         if wire["regions"] < len(action.regions):
             copied = wire["bytes_copied"]

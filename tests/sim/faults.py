@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
 
 
-LATER = frozenset({"old state store"})
+LATER = frozenset({"old state store", "servers killed"})
 """Kinds that only themes have: mixed runs draw as they did before these were there."""
 
 
@@ -38,6 +38,7 @@ class Faults:
             "engine superseded": self._supersede,
             "detach": self._detach,
             "everything killed": self._kill_all,
+            "servers killed": self._kill_servers,
             "state store away": self._kill_daemon,
             "partition": self._partition,
             "one-way cut": self._one_way,
@@ -153,6 +154,16 @@ class Faults:
             machine.kill()
         for machine in self.sim.random.sample(self.cluster.machines, len(self.cluster.machines)):
             yield self._some_s(self.sim.random.choice((0.01, 0.5)))
+            machine.start()
+        return True
+
+    def _kill_servers(self) -> Steps:
+        """All replicas, and no engine."""
+        self._note("kill all replica servers")
+        for machine in self.cluster.machines:
+            machine.kill()
+        for machine in self.sim.random.sample(self.cluster.machines, len(self.cluster.machines)):
+            yield self._some_s(0.02)
             machine.start()
         return True
 

@@ -494,14 +494,19 @@ class ReplicaServer(Process):
 
     # Pulls: the target's side
 
-    def call_pull_regions(self, *, epoch: int, source: str, regions: list[int], **options: Any) -> Steps:
+    def call_pull_regions(
+        self, *, epoch: int, source: str, regions: list[int], source_process: str, **options: Any
+    ) -> Steps:
         pull_round = yield from self._locked(self._prepare_pull(epoch))
-        end, _ = yield from self.machine.network.connect(
+        end, process_id = yield from self.machine.network.connect(
             self, source, ("peer", epoch), timeout_s=PEER_SILENCE_S
         )
         if pull_round != self.round:
             end.close()
             raise Unreachable(peer=source, reason="the pulls were ended")
+        if source_process not in ("", process_id):
+            end.close()
+            raise Unreachable(peer=source, reason="another process answers there by now")
         pulling = self.spawn(self._pull(end, epoch, regions, **options))
         self.pulls.append(pulling)
         try:

@@ -25,6 +25,7 @@ class Theme:
     flush_share: float | None = None
     patience_s: tuple[float, ...] = ()
     delay_s: float = 0.0
+    readers_count: int = 0  # clients that only read, and stay with their engine
 
 
 MIXED = Theme("mixed")
@@ -34,12 +35,13 @@ THEMES = (
     MIXED,
     Theme(
         "takeover",  # two engines, each with some of the replicas
-        {"engine superseded": 1.5, "replica killed": 4.0, "engine stopped": 5.0},
+        {"engine superseded": 1.2, "servers killed": 4.0, "engine stopped": 5.0},
         replica_counts=(2, 3, 3),
         block_count_max=2,
         think_s=0.01,
-        read_share=0.6,
-        patience_s=(2.0, 100.0),
+        read_share=0.5,
+        patience_s=(1.0, 2.0),
+        readers_count=2,
     ),
     Theme(
         "return",  # replicas that come back under writes
@@ -59,6 +61,7 @@ THEMES = (
             "replica stopped": 3.0,
             "engine killed": 2.5,
             "partition": 4.0,
+            "everything killed": 3.0,
             "old state store": 6.0,
         },
         replica_counts=(3,),
