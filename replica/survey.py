@@ -18,7 +18,6 @@ from protocol.membership import MembershipRecord
 from replica.disk import DISK_FILE, DISK_FILE_BYTES_MAX, REPLICAS_DIR, judge_replicas
 from replica.metadata import ReplicaMeta, read_meta
 
-
 NO_RECORD = MembershipRecord(0, 0, frozenset())
 """What a replica holds that was never in use."""
 

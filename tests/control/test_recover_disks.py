@@ -16,8 +16,7 @@ from control.documents import Document
 from control.from_disks import LivingEngine, NodeDisk, Rebuilt, rebuild
 from control.layout import Layout
 from control.model import KIND_ATTACHMENT, KIND_NODE, KIND_VOLUME, Node, NodeWanted, Volume
-from control.recover_disks import recover_from_disks
-from control.sqlite_store import SqliteStore
+from control.recover_disks import recover_from_disks, refuse_good_store
 from control.stamp import read_number, write_number
 from control.state import open_state
 from protocol.errors import BadRequest, StorageError
@@ -259,8 +258,7 @@ def test_a_kill_at_any_step_leaves_a_state_that_the_next_run_finishes(
         with pytest.raises(Killed):
             recover_from_disks(tmp_path)
     if layout.state.exists():
-        with pytest.raises(StorageError):
-            asyncio.run(SqliteStore.open(layout.state))
+        refuse_good_store(layout)  # it is the damaged one: not refused
     else:
         with pytest.raises(StorageError, match="from-disks"):
             found(layout)
