@@ -95,6 +95,9 @@ def volume(dolmen: Cluster, name: str, **options: int) -> Iterator[Volume]:
     made = Volume(dolmen, name, **options)
     try:
         yield made
+    except BaseException:
+        print(dolmen.logs())
+        raise
     finally:
         for node in made.client.nodes():
             with contextlib.suppress(StorageError):
