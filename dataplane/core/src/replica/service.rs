@@ -142,7 +142,10 @@ impl ReplicaService {
             let why = format!("epoch {epoch} is older than {current}");
             return Err(StoreError::new(ErrorKind::StaleEpoch, why));
         }
-        self.fence(&handle, epoch, "the epoch was claimed")
+        self.fence(&handle, epoch, "the epoch was claimed")?;
+        // A claim's answer says what the replica is worth: not that of a store that is about to be reported.
+        let alive = handle.lock(&self.shared).store.check_alive();
+        handle.told(&self.shared, alive)
     }
 
     pub fn set_stamp(&self, volume_id: &str, stamp: Stamp) -> Result<()> {
