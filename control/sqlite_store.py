@@ -36,6 +36,8 @@ INSERT OR IGNORE INTO counter VALUES (1, 0);
 """
 SCHEMA_VERSION = 1
 
+MAGIC = b"SQLite format 3\0"
+
 
 class SqliteStore:
     """``SqliteStore.open(path)``; see ``control.documents.Store`` for the calls."""
@@ -241,7 +243,15 @@ class _Watcher:
         return change
 
 
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC))
+
+
 def _open(path: Path) -> sqlite3.Connection:
+    if path.exists() and path.stat().st_size and _first_bytes(path) != MAGIC:
+        # Looked at first: SQLite takes the WAL beside such a file for another's, and removes it.
+        raise sqlite3.DatabaseError("file is not a database")
     # isolation_level None: transactions are written out, nothing begins one behind our back.
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=True)
     path.chmod(0o600)
