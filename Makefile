@@ -93,10 +93,8 @@ $(STAMPS)/fuzz-tools: tests/fuzz/requirements.lock | $(STAMPS)/venv
 fuzz: build $(STAMPS)/fuzz-tools  ## fuzz frames, NBD, store files, parsers and the REST API: SECONDS=60 for each target
 	@$(PY) -m tests.fuzz.run --seconds $(or $(SECONDS),60)
 
-MINUTES ?= 10
-SEED ?= $(shell echo $$RANDOM)
 soak: build  ## mixed I/O with a random fault every 20 s: MINUTES=60 SEED=7 GUEST=1
-	@$(PY) -m tests.soak --minutes $(MINUTES) --seed $(SEED) $(if $(GUEST),--guest)
+	@$(PY) -m tests.soak --minutes $(MINUTES) $(if $(filter file,$(origin SEED)),,--seed $(SEED)) $(if $(GUEST),--guest)
 
 sizes:  ## the longest files
 	@git ls-files '*.py' '*.rs' | xargs wc -l | sort -n | tail -15
