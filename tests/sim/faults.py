@@ -216,11 +216,12 @@ class Faults:
             yield random.choice((0.0, 0.3))
         if control.daemon is not None and control.daemon.holds is engine:
             control.daemon.give_up_engine()
-        yield (
-            random.uniform(0.3, 0.9)
-            if how == "stopped shortly"
-            else self._some_s(random.choice((0.5, 2.0, 5.0)))
-        )
+        if how == "stopped shortly":
+            yield random.uniform(0.3, 0.9)  # shorter than a lease
+        elif how == "split":
+            yield random.uniform(2.5, 5.0)  # longer than an open that waits for stragglers and for a lease
+        else:
+            yield self._some_s(random.choice((0.5, 2.0, 5.0)))
         for pair in cut:
             self.cluster.network.unblock(*pair)
         engine.resume()

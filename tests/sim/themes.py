@@ -37,7 +37,7 @@ THEMES = (
         "takeover",  # two engines, each with some of the replicas
         {"engine superseded": 1.2, "servers killed": 4.0, "engine stopped": 5.0},
         replica_counts=(2, 3, 3),
-        block_count_max=2,
+        block_count_max=8,
         think_s=0.01,
         read_share=0.5,
         patience_s=(1.0, 2.0),
