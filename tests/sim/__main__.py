@@ -1,4 +1,5 @@
-"""``python -m tests.sim --seed N [--seeds COUNT] [--trace] [--minutes M]``: see the Makefile, sim and sim-long."""
+"""``python -m tests.sim --seed N [--seeds COUNT] [--trace] [--minutes M]``: see the Makefile, sim and
+sim-long."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ from tests.sim.engines import EngineProcess
 from tests.sim.history import History
 from tests.sim.kernel import Future, Process, Sim, Steps
 
+READER_PATIENCE_S = 0.15
+"""Of clients that only read: their next request follows whether this one is answered or not."""
+
 ANSWER_S = 0.00005
 """From the engine to a client on the same machine."""
 
@@ -130,12 +133,14 @@ class Client(Process):
 
     def _answer(self, answer: _Answer) -> Steps:
         """What the engine said, or "gone"."""
-        self.after(self.load.patience_s, answer.impatient)
+        self.after(READER_PATIENCE_S if self.only_reads else self.load.patience_s, answer.impatient)
         outcome = yield answer.future
         engine = self.engine
         if engine is not None and answer.gone in engine.clients:
             engine.clients.remove(answer.gone)
-        if outcome[0] in ("gone", "impatient"):
+        if outcome[0] == "impatient" and self.only_reads:
+            pass  # a read that is not answered says nothing; the next may be of another block
+        elif outcome[0] in ("gone", "impatient"):
             self.history.unanswered += 1
             self.engine = None
         elif outcome[0]:
@@ -160,8 +165,7 @@ class _Answer:
 
     def impatient(self) -> None:
         newest = self._client.control.engines[-1]
-        stays = self._client.only_reads
-        if not self.future.done and self._client.engine is not newest and not stays:
+        if not self.future.done and (self._client.only_reads or self._client.engine is not newest):
             self._settle(("impatient", None))
         elif not self.future.done:
             self._client.after(self._client.load.patience_s, self.impatient)

@@ -1,13 +1,12 @@
 """One run: a cluster, its clients and its faults, from one seed.
 
-A *safety* phase in which things fail, then a *liveness* phase in which nothing does and everything is started:
-the volume must become healthy within a bounded time, serve, and hold what it must. Then all machines lose power at
-once, and what was flushed must be there.
+A *safety* phase in which things fail, then a *liveness* phase in which nothing does and everything is
+started: the volume must become healthy within a bounded time, serve, and hold what it must. Then all machines
+lose power at once, and what was flushed must be there.
 
 Checked on the way: the machine's own invariants, after each step (by the machine), two engines in one epoch.
-Checked at the end: every half of a block is a linearizable register, nothing flushed is gone, the replicas are
-equal, no old engine lives on.
-"""
+Checked at the end: every half of a block is a linearizable register, nothing flushed is gone, the replicas
+are equal, no old engine lives on."""
 
 from __future__ import annotations
 
@@ -31,8 +30,8 @@ from tests.sim.servers import Machine
 from tests.sim.themes import BY_NAME, Theme, theme_of
 
 HEALTHY_MAX_S = 90.0
-"""A replica that failed often waits up to RETRY_CAP_S before it is tried again, and then may have to be brought
-up to date after another that waited as well."""
+"""A replica that failed often waits up to RETRY_CAP_S before it is tried again, and then may have to be
+brought up to date after another that waited as well."""
 
 FORGOTTEN_S = 10.0
 """After this long a volume that an old directory keeps closed is opened by an operator."""
@@ -70,7 +69,7 @@ class Cluster:
         self.theme = theme
         random = self.sim.random
         count = random.choice(theme.replica_counts or (2, 3, 3, 3, 3, 5))
-        regions = random.choice((2, 3, 4, 6))
+        regions = random.choice((theme.region_count,) if theme.region_count else (2, 3, 4, 6))
         base_s = theme.delay_s or random.choice((0.0001, 0.0005, 0.003))
         self.network = Network(self.sim, base_s=base_s, jitter_s=base_s * random.choice((0.2, 1.0, 4.0)))
         self.world = Process(self.sim, "world", "world")
@@ -108,8 +107,8 @@ class Cluster:
             Client(self.sim, number, self.control, self.history, self.load)
             for number in range(random.choice((2, 3, 4)) + self.load.readers_count)
         ]
-        # Blocks that rotted on one replica. Should the others be lost while it is the only one in sync, nobody
-        # has a good copy that is known to be the newest: an error, and never wrong bytes (C16).
+        # Blocks that rotted on one replica. Should the others be lost while it is the only one in sync,
+        # nobody has a good copy that is known to be the newest: an error, and never wrong bytes (C16).
         self.rotten: set[int] = set()
         self.faults = Faults(self)
         self.recovered = False  # by an operator
@@ -129,6 +128,8 @@ class Cluster:
             changed["readers_count"] = theme.readers_count
         if theme.patience_s:
             changed["patience_s"] = random.choice(theme.patience_s)
+        if theme.straggler_waits_s:
+            self.control.straggler_wait_s = random.choice(theme.straggler_waits_s)
         if changed:
             self.load = replace(self.load, **changed)
 

@@ -1,9 +1,8 @@
 """The daemon on virtual time: the real rules of the state store and of who may have an engine.
 
-Owns the volume's document, in a store that survives the daemon, and engine processes. What a record may replace
-(``control/engine_rpc.py``), when an epoch is granted and an engine started (``control/reconcile.py``) are the real
-functions, over a store in memory. Does not own REST, sockets or files.
-"""
+Owns the volume's document, in a store that survives the daemon, and engine processes. What a record may
+replace (``control/engine_rpc.py``), when an epoch is granted and an engine started (``control/reconcile.py``)
+are the real functions, over a store in memory. Does not own REST, sockets or files."""
 
 from __future__ import annotations
 
@@ -27,6 +26,7 @@ from control.reconcile import EndEngine, EngineSeen, GrantEpoch, NodeState, Seen
 from control.trust import NEWER_EPOCH, OLDER_COPY, distrusted, grant_keys, overridden
 from engine.config import _grant
 from engine.events import EXIT_FENCED
+from engine.limits import STRAGGLER_WAIT_S
 from engine.opening import VolumeSpec
 from protocol.errors import Conflict, StorageError
 from tests.sim.engines import STORE_ADDRESS, EngineProcess
@@ -117,6 +117,7 @@ class Control:
         self.store = MemoryStore()
         self.stamp = Stamp()
         self.grant_count = 0
+        self.straggler_wait_s = STRAGGLER_WAIT_S
         self.newest_claimed: Callable[[], int] = lambda: 0  # of the replicas that answer at once
         self.replica_ids = replica_ids
         self.addresses = addresses
@@ -288,6 +289,7 @@ class Daemon(Process):
             epoch=epoch,
             stored=volume.membership,
             replica_ids=tuple(control.replica_ids),
+            straggler_wait_s=control.straggler_wait_s,
             grant=_grant(grant_keys(volume, predecessor_ended=ended)),
         )
         assert volume.status.grant is not None

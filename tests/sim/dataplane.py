@@ -1,8 +1,8 @@
 """A model of the engine's data plane: dataplane/core/src/engine/ without bytes, sockets and limits.
 
 Owns the table of frames under way (``requests.rs``), the gates of regions (``regions.rs``), reads with their
-hedges and repairs (``reading.rs``), the read lease, stalls (``upkeep.rs``), and barriers. Commands reach it, and
-its events reach the machine, through two queues that take a moment, as those between the two threads do.
+hedges and repairs (``reading.rs``), the read lease, stalls (``upkeep.rs``), and barriers. Commands reach it,
+and its events reach the machine, through two queues that take a moment, as those between the two threads do.
 
 Does not own sessions or membership (``engines.py``, and behind it the real ``engine/volume.py``).
 """
@@ -570,8 +570,8 @@ class DataPlane:
             read.done("", read.value)
 
     def _undecided(self, read: Read) -> bool:
-        """Whether it may show a write that not all members hold yet: a client that has seen it must see it after
-        whatever dies now (C9)."""
+        """Whether it may show a write that not all members hold yet: a client that has seen it must see it
+        after whatever dies now (C9)."""
         queue = self.by_region.get(read.block // REGION_BLOCKS, ())
         writes = (self.writes[number] for number in queue if number < read.answered)
         return any(not write.finished and write.frame[3] == read.block for write in writes)

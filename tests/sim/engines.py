@@ -1,5 +1,5 @@
-"""An engine process on virtual time: the real ``engine/volume.py`` in a shell that does what ``engine/server.py``,
-``engine/replica_link.py`` and ``engine/store_link.py`` do.
+"""An engine process on virtual time: the real ``engine/volume.py`` in a shell that does what
+``engine/server.py``, ``engine/replica_link.py`` and ``engine/store_link.py`` do.
 
 Owns connecting, reconnecting with backoff, timeouts, and carrying events and actions. Decides nothing: the
 machine does, and it is the real one. Does not own the data plane (``dataplane.py``).

@@ -248,6 +248,8 @@ class Faults:
     def _pair(self) -> tuple[str, str]:
         random = self.sim.random
         replicas = [machine.host for machine in self.cluster.machines]
+        if self.cluster.theme.every_s and random.random() < 0.7:  # where it matters most
+            return self.cluster.control.host, random.choice(replicas)
         kind = random.choice(("engine", "engine", "peer", "store"))
         if kind == "peer" and len(replicas) > 1:
             one, other = random.sample(replicas, 2)

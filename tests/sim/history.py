@@ -3,10 +3,9 @@
 Owns the recorded operations, flushes and losses of a run, and the judgement at its end. Does not own how the
 judgement is made: ``tests/support/linearizability.py``.
 
-A *loss* is a moment at which no replica that counts can vouch for what was acknowledged and not flushed: every
-replica that all records name which may be durable (the *floor*) lost its page cache, or its directory, since it
-was last made equal to the others. Anything less must lose nothing.
-"""
+A *loss* is a moment at which no replica that counts can vouch for what was acknowledged and not flushed:
+every replica that all records name which may be durable (the *floor*) lost its page cache, or its directory,
+since it was last made equal to the others. Anything less must lose nothing."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import heapq
 import re
 from collections import deque
 from collections.abc import Callable, Generator
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -190,7 +191,8 @@ class Task:
                     value, error = waits_for.value, waits_for.error
                     continue
                 # Not at once: who settles it may be in the middle of something, as with asyncio.
-                waits_for.when_done(lambda: self._process.after(0.0, self._resume, waits_for))
+                future = waits_for
+                future.when_done(partial(self._process.after, 0.0, self._resume, future))
             else:
                 self._process.after(waits_for, self.step)
             return

@@ -1,10 +1,9 @@
-"""A replica server of one replica: replica/replicas.py, replica/calls.py and the data plane's service on virtual
-time, over the real rules of replica/epoch.py and a simulated disk.
+"""A replica server of one replica: replica/replicas.py, replica/calls.py and the data plane's service on
+virtual time, over the real rules of replica/epoch.py and a simulated disk.
 
-Owns the order of what happens to a replica: what is durable before what is answered. The rules (who may claim,
-what a record changes, when a replica is suspect) are the real functions. Does not own what a store keeps
-(``stores.py``) or who calls.
-"""
+Owns the order of what happens to a replica: what is durable before what is answered. The rules (who may
+claim, what a record changes, when a replica is suspect) are the real functions. Does not own what a store
+keeps (``stores.py``) or who calls."""
 
 from __future__ import annotations
 

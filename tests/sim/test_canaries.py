@@ -1,4 +1,5 @@
-"""The simulator is tested by bugs: a few that are found quickly, each time; all of them by ``make sim-canaries``."""
+"""The simulator is tested by bugs: a few that are found quickly, each time; all of them by ``make
+sim-canaries``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """What a run is about: most faults need company to do harm, so some runs have few kinds of them, often.
 
-Owns the themes and their rates. A seed draws its theme from a stream of its own, so that "mixed" runs are what
-they were before there were themes.
-"""
+Owns the themes and their rates. A seed draws its theme from a stream of its own, so that "mixed" runs are
+what they were before there were themes."""
 
 from __future__ import annotations
 
@@ -19,12 +18,14 @@ class Theme:
     every_s: Mapping[str, float] = field(default_factory=dict)  # kinds of faults, mean time between two
     replica_counts: tuple[int, ...] = ()
     block_count_max: int = 0
+    region_count: int = 0
     think_s: float = 0.0
     read_share: float | None = None
     partial_share: float | None = None
     flush_share: float | None = None
     patience_s: tuple[float, ...] = ()
     delay_s: float = 0.0
+    straggler_waits_s: tuple[float, ...] = ()  # engines' setting
     readers_count: int = 0  # clients that only read, and stay with their engine
 
 
@@ -37,10 +38,11 @@ THEMES = (
         "takeover",  # two engines, each with some of the replicas
         {"engine superseded": 1.2, "servers killed": 4.0, "engine stopped": 5.0},
         replica_counts=(2, 3, 3),
-        block_count_max=8,
+        region_count=8,
         think_s=0.01,
         read_share=0.5,
-        patience_s=(1.0, 2.0),
+        patience_s=(0.05, 0.2, 2.0),
+        straggler_waits_s=(0.05, 0.3, 1.0),
         readers_count=2,
     ),
     Theme(

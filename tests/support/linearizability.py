@@ -79,8 +79,8 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """``end`` is None when the outcome is unknown. Times: any clock that all workers share. ``durable``: a write
-    that was to be on the disk when it was answered (FUA)."""
+    """``end`` is None when the outcome is unknown. Times: any clock that all workers share. ``durable``: a
+    write that was to be on the disk when it was answered (FUA)."""
 
     kind: Kind
     block: int
@@ -209,7 +209,8 @@ def check_with_losses(
     losses: Sequence[float],
     begins_with: frozenset[Value | None] = frozenset({INITIAL}),
 ) -> list[Violation]:
-    """``begins_with``: what a register may hold at the beginning, one of these. ``losses``: moments at which every page cache that held something was lost. Without any this is check().
+    """``begins_with``: what a register may hold at the beginning, one of these. ``losses``: moments at which
+    every page cache that held something was lost. Without any this is check().
 
     A loss sets each register to a value it had since the last flush, or to that of a write that was not
     answered: never older. Which one is decided once: reads afterwards agree. So the history is cut at the

@@ -1,4 +1,5 @@
-"""Power loss in the checker: it accepts whatever a search of all orders can explain, and refuses what no loss can."""
+"""Power loss in the checker: it accepts whatever a search of all orders can explain, and refuses what no
+loss can."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def read(sequence: int | None, start: float, end: float) -> Operation:
 
 
 def explained(history: Sequence[Operation], flushes: Sequence[Flush], losses: Sequence[float]) -> bool:
-    """A register, and what it may show after a loss: its value at the last flush, or any it had since. A flush
-    and a durable write take effect at a moment of their interval, a loss at its time."""
+    """A register, and what it may show after a loss: its value at the last flush, or any it had since. A
+    flush and a durable write take effect at a moment of their interval, a loss at its time."""
     items: list[Operation | Flush | float] = [*history, *flushes, *losses]
     Values = frozenset[Value | None]
 
