@@ -78,9 +78,23 @@ impl Shell {
             } else if !self.park_at_gate(key) {
                 if let Err(end) = self.take_answer(key, slot, true, Payload::Owned(payload)) {
                     self.close_link(slot, generation, end);
+                    // Where that link has gone already, nothing else asks again what it answered so badly.
+                    self.retry_waiting_reads();
                 }
             }
         }
+    }
+
+    /// May one go now? What it waited for may have come late in a turn, and nothing else may wake the loop.
+    pub(super) fn release_is_due(&mut self) -> bool {
+        if self.held_answers.is_empty() || !self.lease.covers(self.now_us) {
+            return false;
+        }
+        let settled = |answer: &HeldAnswer| {
+            let op = &self.reads[answer.key];
+            !self.table.shows_unfinished(op.offset, op.offset + op.length, answer.id)
+        };
+        self.held_answers.iter().any(settled)
     }
 
     /// Does an answer wait for a lease?

@@ -243,6 +243,7 @@ impl Shell {
         self.flush_links();
         self.flush_clients();
         self.run_outcomes();
+        self.again |= self.release_is_due();
         for token in self.table.take_drained() {
             self.events.push(Event::Drained { token });
         }

@@ -8,13 +8,11 @@ use crate::limits::{BLOCK_BYTES, FRAME_DATA_BYTES_MAX, REGION_BLOCKS};
 
 use super::error::{ErrorKind, Result, StoreError};
 use super::files::BlockFile;
-use super::format::{bit, set_bit, Bits, BIT_WORDS};
+use super::format::{bit, set_bit};
 use super::read::Plan;
 use super::store::Store;
 
 const BLOCK: usize = BLOCK_BYTES as usize;
-/// Equal blocks between two differing ones that are read along, to save a request.
-const GAP_BLOCKS_MAX: u64 = 2;
 
 /// A pull's claim on the store: what was true when it began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,8 +49,6 @@ impl Tally {
 #[derive(Debug)]
 pub struct RegionPull {
     region: u32,
-    /// Blocks that differed from the summary: others are read along only.
-    differing: Bits,
     reads_left: usize,
     unreadable: bool,
 }
@@ -131,7 +127,7 @@ impl<F: BlockFile> Store<F> {
         let mut settled = self.settled_blocks(region);
         let mut plan = Plan::default();
         self.locate(first_block, count, &mut plan)?;
-        let mut pull = RegionPull { region, differing: [0; BIT_WORDS], reads_left: 0, unreadable: false };
+        let mut pull = RegionPull { region, reads_left: 0, unreadable: false };
         let (mut to_zero, mut to_read) = (Vec::new(), Vec::new());
         for (index, (mine, theirs)) in plan.entries.iter().zip(words(summary)).enumerate() {
             let block = first_block + index as u64;
@@ -143,11 +139,10 @@ impl<F: BlockFile> Store<F> {
             if equal || bit(&fresh, index) || (theirs == ENTRY_DAMAGED && bit(&settled, index)) {
                 continue;
             }
-            set_bit(&mut pull.differing, index);
             match theirs {
                 ENTRY_DAMAGED => self.take_unreadable(pass, &mut pull, block, tally)?,
-                theirs if theirs <= ENTRY_ZERO => extend(&mut to_zero, block, 0),
-                _ => extend(&mut to_read, block, GAP_BLOCKS_MAX),
+                theirs if theirs <= ENTRY_ZERO => extend(&mut to_zero, block),
+                _ => extend(&mut to_read, block),
             }
         }
         self.settle_blocks(region, &settled);
@@ -213,7 +208,7 @@ impl<F: BlockFile> Store<F> {
         tally: &mut Tally,
     ) -> Result<()> {
         let index = (block % REGION_BLOCKS) as usize;
-        if !bit(&pull.differing, index) || bit(&self.fresh_blocks(pull.region), index) {
+        if bit(&self.fresh_blocks(pull.region), index) {
             return Ok(());
         }
         if pass.take_damaged {
@@ -238,10 +233,10 @@ impl<F: BlockFile> Store<F> {
     }
 }
 
-/// Adds a block to the last run, or begins one.
-fn extend(runs: &mut Vec<(u64, u64)>, block: u64, gap_max: u64) {
+/// Adds a block to the last run, or begins one. No equal block is read along: a resync copies what differs.
+fn extend(runs: &mut Vec<(u64, u64)>, block: u64) {
     match runs.last_mut() {
-        Some((_, end)) if block <= *end + gap_max => *end = block + 1,
+        Some((_, end)) if block == *end => *end = block + 1,
         _ => runs.push((block, block + 1)),
     }
 }
