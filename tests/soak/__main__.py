@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
 
 from tests.soak.run import PERIOD_S_DEFAULT, Report, soak
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("--guest", action="store_true", help="a guest syncs files on ext4 and kernel NBD too")
     parser.add_argument("-o", "--output", choices=("text", "json"), default="text")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an end in good order: nothing is left running
     seed = random.SystemRandom().randrange(2**32) if given.seed is None else given.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
     report = soak(
