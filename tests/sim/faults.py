@@ -94,7 +94,8 @@ class Faults:
             return False
         self._note("kill", machine.host)
         machine.kill()
-        yield self._some_s(self.sim.random.choice((0.05, 0.5, 3.0)))
+        away_s = self.cluster.theme.away_s or (0.05, 0.5, 3.0)
+        yield self._some_s(self.sim.random.choice(away_s))
         machine.start()
         return True
 

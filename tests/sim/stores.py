@@ -1,9 +1,8 @@
 """What a replica's store promises, without its files: a model for runs that must be fast.
 
 Owns a replica's blocks as the page cache and as the disk hold them, its region log, and what a crash, a power
-loss, a failed sync and rot leave. The interface is the one behind ``replica/io_path.py``, passive: the caller
-says when a sync begins and when it has ended. What the real store does is held against a dictionary, on a disk in
-memory, by ``dataplane/core/tests/store_model.rs``.
+loss, a failed sync and rot leave. Passive: the caller says when a sync begins and when it has ended. What the
+real store does is held against a dictionary, on a disk in memory, by ``dataplane/core/tests/store_model.rs``.
 
 A block is two halves (``Cells``): a write replaces both, a partial write one. A half holds the id of the
 write that it shows; 0 is "never written". Zeroes carry the id of the write that zeroed, so that a stale zero

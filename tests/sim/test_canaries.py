@@ -13,7 +13,7 @@ from tests.sim.cluster import run_seed
 
 TABLE = Path(__file__).parents[2] / "docs" / "testing-canaries.md"
 
-QUICK = ("suspect_ignored", "resend_nothing", "changes_forgotten", "cleaned_early", "unequal_is_read")
+QUICK = ("suspect_ignored", "resend_nothing", "changes_forgotten", "cleaned_early", "barrier_at_once")
 """Caught within a few seeds: seconds."""
 
 

@@ -25,6 +25,7 @@ class Theme:
     flush_share: float | None = None
     patience_s: tuple[float, ...] = ()
     delay_s: float = 0.0
+    away_s: tuple[float, ...] = ()  # how long a killed replica stays away, mean
     straggler_waits_s: tuple[float, ...] = ()  # engines' setting
     readers_count: int = 0  # clients that only read, and stay with their engine
 
@@ -66,6 +67,7 @@ THEMES = (
             "everything killed": 3.0,
             "old state store": 6.0,
         },
+        away_s=(0.5, 2.0, 4.0),
         replica_counts=(3,),
         block_count_max=3,
         think_s=0.02,
