@@ -47,9 +47,9 @@ LINK_STALL_TIMEOUT_S = 1.0
 allows a client stall of 1.5 s at a silent loss; the commit of the record needs the rest)."""
 
 READ_LEASE_S = 1.0
-"""How long an answer proves that its replica was not claimed by a newer engine, counted from when its request was
-sent. A newer engine waits longer than this before it serves, unless it knows that the older one has ended: short
-enough for the contract's 2 s, long enough that renewing costs nothing beside the reads."""
+"""How long an answer proves that its replica was not claimed by a newer engine, counted from when its request
+was sent. A newer engine waits longer than this before it serves, unless it knows that the older one has
+ended: short enough for the contract's 2 s, long enough that renewing costs nothing beside the reads."""
 
 NAME_CHARS_MAX = 63
 """Volume names become file names, socket names and labels: one DNS label."""

@@ -58,8 +58,8 @@ class Pulls:
     ) -> dict[str, int]:
         """Make ``regions`` equal to those of the replica at ``host:port``. ``pull_round`` is what ``round``
         was when it was decided. ``rate_bytes_s``: what is copied a second at most, 0: no limit.
-        ``take_damaged``: record as damaged what the source has no good copy of. ``source_process``: the process
-        that is to answer there; another, started since, may lack what that one held (C8). Empty: any.
+        ``take_damaged``: record as damaged what the source has no good copy of. ``source_process``: the
+        process that is to answer there; another, started since, may lack what that one held (C8). Empty: any.
 
         Raises what connect_socket raises, Unreachable when the pulls were ended meanwhile, SourceFailed,
         StaleEpoch, or an error of our own disk.

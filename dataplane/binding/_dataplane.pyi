@@ -183,10 +183,11 @@ class EngineLoop:
         that diverged meanwhile stays unequal."""
 
     def repair_block(self, slot: int, block_index: int) -> None:
-        """Read a block from another reader than ``slot`` and send it to ``slot``, which takes it if its own copy
-        does not verify. Events: ("block_repaired", slot, block_index) also when its copy was good by then;
-        ("block_unreadable", block_index) when no other reader has a good copy. Forgotten without an event when
-        ``slot`` has no link in mode "sync", or loses it. Raises bad_request when 1024 wait already."""
+        """Read a block from another reader than ``slot`` and send it to ``slot``, which takes it if its own
+        copy does not verify. Events: ("block_repaired", slot, block_index) also when its copy was good by
+        then; ("block_unreadable", block_index) when no other reader has a good copy. Forgotten without an
+        event when ``slot`` has no link in mode "sync", or loses it. Raises bad_request when 1024 wait
+        already."""
 
     def pause(self, paused: bool) -> None:
         """While paused, new requests queue (bounded) and none is sent."""
@@ -197,7 +198,7 @@ class EngineLoop:
 
     def stats(self) -> dict[str, object]:
         """Counters: reads, writes, flushes, trims, zeroes, read_bytes, write_bytes, errors, clients,
-        in_flight, in_flight_bytes, waiting, repairs, lease_waits (answers held until the read lease held again),
+        in_flight, in_flight_bytes, waiting, repairs, lease_waits (answers held until the lease held again),
         lease_frames (sent), order_waits (answers held until a write they may show was done at all members),
         hedged_reads (asked of a second replica because the first was late), hedge_wins (it answered first);
         latency_us_read / _write / _flush: list of

@@ -1,0 +1,1 @@
+"""Fuzzing: what runs the Rust targets, and the targets in Python."""

@@ -3,8 +3,8 @@
 Rust targets stand in ``dataplane/fuzz/`` and are built for libFuzzer on Rust stable (no sanitizer: the
 crates forbid unsafe code); Python's are ``parsers.py``; the REST API is driven by schemathesis (``rest.py``),
 which ``make fuzz`` installs. What libFuzzer learns stays in ``.cache/fuzz/corpus``, what it finds in
-``.cache/fuzz/found``. A finding that was fixed goes into ``dataplane/fuzz/regressions/TARGET/`` and is run
-first from then on.
+``.cache/fuzz/found``. A finding that was fixed goes into ``dataplane/fuzz/regressions/``, a folder per
+target, and is run first from then on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A model of the engine's data plane: dataplane/core/src/engine/ without bytes, sockets and limits.
 
-Owns the table of frames under way (``requests.rs``), the gates of regions (``regions.rs``), reads with their
-hedges and repairs (``reading.rs``), the read lease, stalls (``upkeep.rs``), and barriers. Commands reach it,
+Owns the table of frames under way (there ``requests``), the gates of regions (``regions``), reads with their
+hedges and repairs (``reading``), the read lease, stalls (``upkeep``), and barriers. Commands reach it,
 and its events reach the machine, through two queues that take a moment, as those between the two threads do.
 
 Does not own sessions or membership (``engines.py``, and behind it the real ``engine/volume.py``).
