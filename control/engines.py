@@ -37,6 +37,10 @@ its engine was killed; 20 ms is a tenth of what Python needs to start."""
 HELLO_INTERVAL_MAX_S = 0.5
 PING_TIMEOUT_S = 5.0
 
+SILENT_AFTER_S = 5.0
+"""An engine that answered before is called silent only after so long without an answer: every question of
+``observe`` may be late on a busy machine, and what follows from silence is seen by users."""
+
 QUICK_DEATH_S = 1.0
 """An engine that lived shorter than this, or that never answered, was probably killed by what it found;
 after two of them in a row the next one waits. Longer would slow down one that others kill."""
@@ -105,8 +109,9 @@ class EngineSlot:
         self._epoch: int | None = None
         self._size_bytes: int | None = None
         self._answering = False
-        self._answered_at_s = 0.0
+        self._greeted = False  # it has answered since it was started
         self._started_at_s = 0.0
+        self._silent_from_s = 0.0  # of one that does not answer: since it was found so, or started
         self._quick_deaths = 0
         self._start_not_before_s = 0.0
         self._ending_on_purpose = False
@@ -135,7 +140,7 @@ class EngineSlot:
     def seen(self) -> EngineSeen | None:
         if self._process is None:
             return None
-        silent_s = self._now() - max(self._answered_at_s, self._started_at_s)
+        silent_s = 0.0 if self._answering else self._now() - self._silent_from_s
         return EngineSeen(self._epoch, self._size_bytes, self._answering, silent_s)
 
     def _arguments(self) -> list[str]:
@@ -207,15 +212,18 @@ class EngineSlot:
         self._process = process
         self._epoch = epoch
         self._size_bytes = size_bytes
-        self._answering = False
-        self._started_at_s = self._now()
+        self._answering = self._greeted = False
+        self._started_at_s = self._silent_from_s = self._now()
         self._ending_on_purpose = False
         self._link = engine_link(os.fspath(self._layout.engine_socket(self.name)), volume=self.name)
-        self._greeting = self._tasks.create_task(
-            self._greet(process, self._link), name=f"greet engine of {self.name}"
-        )
+        self._ask_until_it_answers(process, self._link)
         process.on_exit(lambda: self._ended(process))
         self._changed()
+
+    def _ask_until_it_answers(self, process: Process, link: Link) -> None:
+        self._greeting = self._tasks.create_task(
+            self._greet(process, link), name=f"greet engine of {self.name}"
+        )
 
     async def _greet(self, process: Process, link: Link) -> None:
         """Ask until it answers. Ends with the process (``_ended`` cancels it)."""
@@ -233,12 +241,24 @@ class EngineSlot:
                 self.heard()
                 self._changed()
                 return
+            if self._answering and self._now() - self._silent_from_s >= SILENT_AFTER_S:
+                self._answering = False
+                self._changed()
             await asyncio.sleep(interval_s)
             interval_s = min(interval_s * 1.2, HELLO_INTERVAL_MAX_S)
 
     def heard(self) -> None:
-        self._answering, self.last_end = True, ""
-        self._answered_at_s = self._now()
+        self._answering, self._greeted, self.last_end = True, True, ""
+        self._silent_from_s = self._now()
+
+    def missed(self) -> None:
+        """It did not answer a question. A busy machine does that too, so it is asked until it answers: only
+        one that still does not after ``SILENT_AFTER_S`` counts as silent."""
+        process, link = self._process, self._link
+        if process is None or link is None or self._greeting is None or not self._greeting.done():
+            return
+        self._silent_from_s = self._now()
+        self._ask_until_it_answers(process, link)
 
     def grown(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
@@ -262,7 +282,7 @@ class EngineSlot:
             self._last_how, self._last_code = how.removeprefix("was ").removeprefix("ended with "), code
             self._ends_at_s.append(self._now())
             self.last_end = f"{how} after {lived_s:.1f} s; its log: {self._layout.engine_log(self.name)}"
-            quick = lived_s < QUICK_DEATH_S or not self._answering
+            quick = lived_s < QUICK_DEATH_S or not self._greeted
             self._quick_deaths = self._quick_deaths + 1 if quick else 0
         # The first death in a row is answered at once, whatever its age.
         if self._quick_deaths > 1:
@@ -279,7 +299,8 @@ class EngineSlot:
             link = self._link
             self._tasks.create_task(link.close(), name=f"close link {link.peer}")
         self._process, self._link, self._greeting = None, None, None
-        self._epoch, self._size_bytes, self._answering = None, None, False
+        self._epoch, self._size_bytes = None, None
+        self._answering = self._greeted = False
 
     async def detach(self) -> None:
         """Flush, clean, end. Returns when the process has ended. Raises what the engine answers, and
@@ -308,7 +329,7 @@ class EngineSlot:
         return ProcessFacts(
             pid=pid,
             answers=answers,
-            starting=pid is not None and not self._answering,
+            starting=pid is not None and not self._greeted,
             standing=not answers and pid is not None and is_standing(pid),
             how=self._last_how if recent else "",
             ended_ago_s=now_s - recent[-1] if recent else 0.0,
@@ -337,7 +358,9 @@ class EngineSlot:
         """SIGTERM, then SIGKILL. Nothing acknowledged is lost: an engine has no volatile cache."""
         if self._process is not None:
             self._ending_on_purpose = True
-            await self._process.stop(grace_s=STOP_GRACE_S)
+            # One that is stopped by a signal gets no SIGTERM: clients would wait the grace out for nothing.
+            grace_s = 0.0 if is_standing(self._process.pid) else STOP_GRACE_S
+            await self._process.stop(grace_s=grace_s)
 
     def remove_sockets(self) -> None:
         for sock in self._sockets.values():

@@ -75,6 +75,7 @@ async def ask_engine(slot: EngineSlot) -> Mapping[str, Any] | None:
     try:
         said = await link.call("engine.status", timeout_s=ASK_TIMEOUT_S)
     except StorageError:
+        slot.missed()
         return None
     if not isinstance(said, dict):
         return None
