@@ -96,6 +96,7 @@ class DataPlane:
         self.links: dict[int, Link] = {}
         self.writes: dict[int, Write] = {}  # by id, ascending: all that are not released
         self.by_region: dict[int, deque[int]] = {}
+        self.last_write: dict[int, int] = {}  # block -> id of the last frame that writes to it
         self.reads: dict[int, Read] = {}
         self.read_of: dict[int, int] = {}  # frame id -> key of its read
         self.waiting_reads: list[int] = []
@@ -264,6 +265,7 @@ class DataPlane:
         write = Write(self.last_id, frame, region, done, self.now, syncs, set(self.links))
         self.writes[write.id] = write
         if region >= 0:
+            self.last_write[frame[3]] = write.id
             self.by_region.setdefault(region, deque()).append(write.id)
         for link in self.links.values():
             self._send(link, frame)
@@ -519,7 +521,9 @@ class DataPlane:
             if not read.asked:
                 self._issue(read)
             return
-        for slot in sorted(read.tried & set(self.links)):
+        # A copy that is older than a write sent since must not go where that write may have gone bad again.
+        newer = self.last_write.get(read.block, 0) > number
+        for slot in () if newer else sorted(read.tried & set(self.links)):
             self.counts["repairs"] += 1
             self.last_id += 1
             self._send(self.links[slot], ("X", self.last_id, self.epoch, read.block, value))

@@ -32,8 +32,12 @@ REGRESSIONS = {
     2411: "power lost between the record that names a replica and the end of its doubts",
     2419: "a reopened replica keeps what it had not synced",
     3250: "a pull that is cancelled while it waits",
+    5162: "a reconcile that pulled from a source that had lost power and was back",
 }
 """Always run. What each was about when it failed; the story of a seed changes with the code."""
+
+THEMED = {("deaths", 9356): "a repair with a copy that is older than a write sent since"}
+"""The same, of runs with a theme."""
 
 SEEDS = range(1, 201)
 CHUNKS = 20
@@ -48,6 +52,11 @@ def run(seed: int, theme: str = "") -> None:
 @pytest.mark.parametrize("seed", REGRESSIONS)
 def test_a_seed_that_found_a_bug_once(seed: int) -> None:
     run(seed, "mixed")
+
+
+@pytest.mark.parametrize(("theme", "seed"), THEMED)
+def test_a_seed_of_a_theme_that_found_a_bug_once(theme: str, seed: int) -> None:
+    run(seed, theme)
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
