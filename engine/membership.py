@@ -78,7 +78,8 @@ def decide_open(
     newest = max([stored, *(reports[r].record for r in sorted(reports))], key=lambda record: record.stamp)
     if hints.override is not None:
         return _decide_override(hints.override, newest, reports, hints)
-    in_sync = newest.in_sync & frozenset(replica_ids)
+    # Also one that this volume does not have: a state store that forgot records may have forgotten replicas.
+    in_sync = newest.in_sync
     absent = in_sync - reports.keys()
     usable = frozenset(r for r in in_sync & reports.keys() if _is_usable(reports[r], newest, hints))
     # A member that was put back, made anew or can't be opened knows no more of a newer record than one that

@@ -231,9 +231,9 @@ class Volume:
         if report.epoch > self.spec.epoch:
             self._end(ev.EXIT_FENCED, f"{entry.id} was claimed in epoch {report.epoch}")
             return
-        opening = self.phase in (VolumePhase.INSPECTING, VolumePhase.CLAIMING, VolumePhase.RECORDING)
-        if report.state != "open" and (not opening or report.replica_id != entry.id):
-            # It can't be claimed, or (its metadata can't be read) not even say who it is. Made anew, it will.
+        if report.state != "open":
+            # It can't be claimed, or (its metadata can't be read) not even say who it is. So it is as good as
+            # away, and is looked at again: its server may yet open it, or it is made anew.
             entry.reason = report.reason or report.state
             self.act(ev.CloseSession(entry.slot, session, RECONNECT_CAP_S))
             return

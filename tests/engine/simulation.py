@@ -151,6 +151,7 @@ class Cluster:
         self.loop = SimLoop(self)
         self.loop.last_id = len(self.written)
         self.connected: dict[int, int] = {}  # slot -> session
+        self.backed_off.clear()
         self.granted_record = self.stored
         grant = Grant(predecessor_ended=not self.asleep, hints=self.hints, forked=self.forked)
         spec = VolumeSpec("v", "v", self.size_bytes, self.epoch, self.stored, self.ids, grant=grant)
@@ -445,6 +446,8 @@ class Cluster:
             return "stale_epoch"
         match call:
             case Claim(opens=opens):
+                if replica.state != "open":
+                    return f"replica_{replica.state}"
                 if replica.epoch > self.epoch:
                     return "stale_epoch"
                 if replica.opens < opens:

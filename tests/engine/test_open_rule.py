@@ -198,6 +198,18 @@ def test_with_a_distrusted_store_every_replica_counts() -> None:
         assert isinstance(decision, MustWait) and decision.waiting_for == {"C"}
 
 
+def test_a_member_that_the_state_store_forgot_counts_as_silent() -> None:
+    # D took C's place, and held every write alone; an older copy of the state store knows nothing of it.
+    named = MembershipRecord(1, 4, frozenset("ABD"))
+    reports = {"A": report("A", named), "B": report("B", named), "C": report("C", FIRST)}
+    decision = decide_open(FIRST, reports, IDS, replace(TOLD, distrust_store=True))
+    assert isinstance(decision, MustWait) and decision.waiting_for == {"D"}
+    alone = {r: report(r, MembershipRecord(1, 5, frozenset("D"))) for r in IDS}
+    assert isinstance(decide_open(FIRST, alone, IDS, TOLD), MustWait)
+    # Where the store is trusted it would know of a later record.
+    assert isinstance(decide_open(named, reports, IDS, TOLD), MayOpen)
+
+
 # The operator's word
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from engine.events import (
     EXIT_DETACHED,
     EXIT_FENCED,
@@ -608,6 +610,28 @@ def test_a_replica_that_is_damaged_stays_out() -> None:
     cluster.settle()
     assert in_sync(cluster) == {"A", "B"}
     assert cluster.entry("C").reason == "injected"
+
+
+@pytest.mark.parametrize("state", ["failed", "damaged"])
+def test_a_member_that_cannot_be_opened_is_looked_at_until_it_can(state: str) -> None:
+    cluster = serving()
+    for other in "AB":
+        cluster.kill(other)
+        cluster.settle()
+    last = cluster.write(region=0)
+    cluster.settle()
+    assert cluster.is_acked(last) and cluster.stored.in_sync == {"C"}
+    cluster.crash_engine()
+    cluster.kill("C")
+    cluster.replica("C").state = state
+    for replica in "ABC":
+        cluster.start(replica)
+    cluster.start_engine()
+    cluster.open()
+    assert cluster.volume.phase is VolumePhase.INSPECTING
+    cluster.replica("C").state = "open"
+    cluster.open()
+    assert healthy(cluster) and cluster.holds("A", last)
 
 
 def test_a_pull_that_failed_half_way_never_undoes_a_newer_write() -> None:
