@@ -190,6 +190,36 @@ fn eio_only_when_no_copy_verifies() {
 }
 
 #[test]
+fn blocks_that_each_replica_has_are_read_though_neither_can_give_the_whole() {
+    for hedged in [false, true] {
+        let (rig, time) = Rig::with_time(SIZE, 2);
+        let mut client = rig.client();
+        assert_eq!(client.write(0, &pattern(1, 65536)), 0);
+        rig.replicas[0].store().unreadable.insert(2);
+        rig.replicas[1].store().unreadable.insert(9);
+        if hedged {
+            hold(&rig, 0, &[kind::READ]);
+            hold(&rig, 1, &[kind::READ]);
+        }
+        let read = client.send(READ, 0, 0, 65536, &[]);
+        if hedged {
+            let seen = |rig: &Rig| rig.replicas.iter().filter(|r| r.store().frames_seen > 1).count();
+            while seen(&rig) < 2 {
+                time.pass(Duration::from_millis(10));
+                rig.settle();
+            }
+            rig.replicas[0].release();
+            rig.replicas[1].release();
+        }
+        assert!(
+            client.read_reply(read, 0, 65536).expect("each block is good somewhere") == pattern(1, 65536)
+        );
+        rig.replicas[0].store().unreadable.insert(9);
+        assert_eq!(client.read(9 * 4096, 4096), Err(EIO));
+    }
+}
+
+#[test]
 fn a_read_of_a_lost_link_goes_to_another_reader_at_once_and_waits_when_there_is_none() {
     let mut rig = Rig::new(SIZE, 2);
     let mut client = rig.client();

@@ -280,3 +280,36 @@ fn a_held_read_is_given_when_the_replica_that_lacks_the_write_is_no_member_any_m
     assert_eq!(writer.simple(), (write, 0));
     assert!(client.read_reply(read, 0, 4096).expect("readable") == pattern(1, 4096));
 }
+
+#[test]
+fn a_held_read_of_a_region_that_was_made_equal_meanwhile_is_asked_again() {
+    let mut rig = Rig::new(SIZE, 2);
+    let mut client = rig.client();
+    rig.engine.set_readers(&[0]).expect("open");
+    rig.engine.set_lease(&[]).expect("open");
+    rig.settle();
+    for slot in [0, 1] {
+        hold(&rig, slot, &[kind::WRITE]);
+        rig.replicas[slot].store().statuses.insert(kind::WRITE, status::IO_ERROR);
+    }
+    // The write will fail everywhere, but replica 0 has some of it.
+    rig.replicas[0].store().put(0, &pattern(1, 4096));
+    let mut writer = rig.client();
+    let write = writer.send(WRITE, 0, 0, 4096, &pattern(1, 4096));
+    for slot in [0, 1] {
+        rig.replicas[slot].wait_until("the write", |store| store.frames_seen > 0);
+    }
+    let read = client.send(READ, 0, 0, 4096, &[]);
+    rig.replicas[0].wait_until("the read", |store| frames_in(store, kind::READ) == 1);
+    while rig.engine.stats().expect("open").waiting == 0 {}
+    for slot in [0, 1] {
+        rig.replicas[slot].release();
+    }
+    assert_eq!(writer.simple(), (write, 5));
+    rig.event("region_diverged", |event| matches!(event, Event::RegionDiverged { region_index: 0 }));
+    // It was decided that the write did not happen.
+    rig.replicas[0].store().put(0, &[0; 4096]);
+    rig.engine.regions_equal(vec![0], 1).expect("open");
+    rig.engine.set_lease(&[(vec![0, 1], 2)]).expect("open");
+    assert!(client.read_reply(read, 0, 4096).expect("readable") == vec![0; 4096], "what was decided");
+}

@@ -54,13 +54,15 @@ pub struct ReadOp {
     pub slot: usize,
     /// Slots that have no good copy, or could not say.
     pub tried: Slots,
+    /// Of those: slots that failed a longer read as a whole. Each of its blocks may be good there.
+    pub unsure: Slots,
     pub sent_at_us: u64,
     pub second: Option<Second>,
 }
 
 impl ReadOp {
     pub fn new(job: ReadJob, offset: u64, length: u64) -> Self {
-        ReadOp { job, offset, length, id: 0, slot: 0, tried: 0, sent_at_us: 0, second: None }
+        ReadOp { job, offset, length, id: 0, slot: 0, tried: 0, unsure: 0, sent_at_us: 0, second: None }
     }
 }
 
@@ -307,7 +309,7 @@ impl Shell {
         if ok {
             self.lease.shown(slot, sent_at_us);
         } else if self.fall_back(key, slot) {
-            self.reads[key].tried |= bit(slot);
+            self.note_failed_whole(key, slot);
             return Ok(());
         }
         self.settle_race(key, slot, id);

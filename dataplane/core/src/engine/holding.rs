@@ -65,6 +65,7 @@ impl Shell {
         if self.held_answers.is_empty() {
             return;
         }
+        self.drop_undecided();
         // The clock as it is now: the turn may have begun before a pause of ours.
         if !self.lease.covers(self.clock_us()) {
             self.ask_lease();
@@ -75,12 +76,10 @@ impl Shell {
             let (offset, length) = (self.reads[key].offset, self.reads[key].length);
             if self.table.shows_unfinished(offset, offset + length, id) {
                 self.held_answers.push(HeldAnswer { key, id, slot, generation, payload });
-            } else if !self.park_at_gate(key) {
-                if let Err(end) = self.take_answer(key, slot, true, Payload::Owned(payload)) {
-                    self.close_link(slot, generation, end);
-                    // Where that link has gone already, nothing else asks again what it answered so badly.
-                    self.retry_waiting_reads();
-                }
+            } else if let Err(end) = self.take_answer(key, slot, true, Payload::Owned(payload)) {
+                self.close_link(slot, generation, end);
+                // Where that link has gone already, nothing else asks again what it answered so badly.
+                self.retry_waiting_reads();
             }
         }
     }
@@ -95,6 +94,17 @@ impl Shell {
             !self.table.shows_unfinished(op.offset, op.offset + op.length, answer.id)
         };
         self.held_answers.iter().any(settled)
+    }
+
+    /// A region that diverged is decided anew, perhaps against what a held answer shows: that one is asked again
+    /// afterwards. Also called before a region counts as equal again, whatever the answer still waits for.
+    pub(super) fn drop_undecided(&mut self) {
+        if self.regions.is_quiet() {
+            return;
+        }
+        let mut held = std::mem::take(&mut self.held_answers);
+        held.retain(|answer| !self.park_at_gate(answer.key));
+        self.held_answers = held;
     }
 
     /// Does an answer wait for a lease?

@@ -126,7 +126,21 @@ impl Shell {
         match self.choose_reader(tried) {
             Choice::Slot(slot) => self.send_read(key, slot),
             Choice::Wait => self.waiting_reads.push(key),
+            Choice::NoneLeft if self.reads[key].unsure != 0 => {
+                let op = &mut self.reads[key];
+                op.tried &= !std::mem::take(&mut op.unsure);
+                self.issue(key);
+            }
             Choice::NoneLeft => self.give_up(key),
+        }
+    }
+
+    /// A slot answered a read with an error.
+    pub(super) fn note_failed_whole(&mut self, key: u32, slot: usize) {
+        let op = &mut self.reads[key];
+        op.tried |= bit(slot);
+        if op.length > BLOCK_BYTES {
+            op.unsure |= bit(slot);
         }
     }
 
@@ -210,6 +224,7 @@ impl Shell {
             segments.clear();
             bad.clear();
             bad.extend(offset / BLOCK_BYTES..(offset + length) / BLOCK_BYTES);
+            self.note_failed_whole(key, self.reads[key].slot);
             Ok(())
         };
         if outcome.is_err() {
@@ -258,7 +273,7 @@ impl Shell {
         });
         for block in bad {
             let mut one = ReadOp::new(ReadJob::Fix { fix }, block * BLOCK_BYTES, BLOCK_BYTES);
-            one.tried = op.tried | bit(op.slot);
+            (one.tried, one.unsure) = (op.tried | bit(op.slot), op.unsure);
             self.start_read(one);
         }
     }

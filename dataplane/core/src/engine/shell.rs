@@ -274,6 +274,7 @@ impl Shell {
                     self.release(released);
                 }
                 Command::RegionsEqual { regions, diverged_seen } => {
+                    self.drop_undecided();
                     let regions = self.regions.settled(&regions, diverged_seen);
                     self.table.regions_equal(&regions);
                     let released = self.regions.equal(&regions);

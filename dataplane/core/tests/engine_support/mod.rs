@@ -29,6 +29,8 @@ pub struct Store {
     pub flipped: HashSet<u64>,
     /// Blocks handed out as damaged until repaired.
     pub damaged: HashSet<u64>,
+    /// Blocks that make every read of them fail as a whole.
+    pub unreadable: HashSet<u64>,
     /// Kinds whose answers are kept back until `release`.
     pub held_kinds: HashSet<u8>,
     held: Vec<Vec<u8>>,
@@ -41,7 +43,7 @@ pub struct Store {
 }
 
 impl Store {
-    fn put(&mut self, block: u64, data: &[u8]) {
+    pub fn put(&mut self, block: u64, data: &[u8]) {
         self.blocks.insert(block, (block_checksum(block, data), data.to_vec()));
         self.flipped.remove(&block);
         self.damaged.remove(&block);
@@ -81,6 +83,9 @@ impl Store {
                 let mut whole = self.block(first);
                 whole[within..within + data.len()].copy_from_slice(data);
                 self.put(first, &whole);
+            }
+            kind::READ if (first..first + count).any(|block| self.unreadable.contains(&block)) => {
+                return (status::IO_ERROR, Vec::new());
             }
             kind::READ => return (status::OK, self.read(first, count)),
             kind::WRITE_ZEROES | kind::TRIM => {
