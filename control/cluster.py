@@ -137,6 +137,7 @@ class Cluster:
         self._stamp = stamp
         self.supervisors: dict[str, NodeSupervisor] = {}
         self.slots: dict[str, EngineSlot] = {}
+        self.unreadable: dict[str, set[int]] = {}  # by replica: blocks that nobody has a good copy of
         self._controllers: dict[str, VolumeController] = {}
         self._programs = programs
         self._key = key
@@ -490,7 +491,7 @@ class Cluster:
             slot = self.slots.get(volume.name)
             pid = slot.pid if slot else None
             view = view_volume(volume, attachment, pid, servers, self.supervisors, engine, self.layout)
-            facts.append(volume_facts(volume, attachment, slot, servers, engine, view))
+            facts.append(volume_facts(volume, attachment, slot, servers, engine, view, self.unreadable))
         node_list = [node_facts(s, servers[s.name], self.layout, known_ids) for s in asked]
         explained = explain(Facts(node_list, facts))
         if all_:

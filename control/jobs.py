@@ -19,7 +19,7 @@ from control.errors import JobNotFound
 from control.links import ASK_TIMEOUT_S
 from control.model import KIND_VOLUME, Volume
 from control.observe import ask_servers
-from control.scrub import REPAIR_TIMEOUT_S, Ask, DamageKeeper, Repair, VolumeScrub
+from control.scrub import REPAIR_TIMEOUT_S, Ask, DamageKeeper, Repair, VolumeScrub, note_unreadable
 from control.verify import CALL_TIMEOUT_S, Verification
 from control.views import SERVING, JobState, JobView, ReplicaState, VolumeState, VolumeView
 from protocol.errors import BadRequest, Conflict, StorageError
@@ -185,9 +185,11 @@ class Jobs:
 
     def _repairer(self, name: str) -> Repair:
         async def repair(replica_id: str, blocks: list[int]) -> Any:
-            return await self._cluster.engine_call(
+            answer = await self._cluster.engine_call(
                 name, "engine.repair", timeout_s=REPAIR_TIMEOUT_S, replica=replica_id, blocks=blocks
             )
+            note_unreadable(self._cluster.unreadable, replica_id, blocks, answer)
+            return answer
 
         return repair
 

@@ -163,6 +163,7 @@ def volume_facts(
     servers: Mapping[str, ServerSaid],
     engine: Mapping[str, Any] | None,
     view: VolumeView,
+    unreadable: Mapping[str, Collection[int]],
 ) -> VolumeFacts:
     by_engine = _by_engine(engine)
     offline = {id_: r for id_, r in by_engine.items() if r.get("state") == "offline"}
@@ -174,6 +175,7 @@ def volume_facts(
         process=slot.process_facts(answers=engine is not None) if slot else ProcessFacts(),
         said=said,
         scrub_found={id_: _int(found.get("damaged_count")) or 0 for id_, found in said.items() if found},
+        scrub_unreadable={id_: len(unreadable.get(id_, ())) for id_ in said},
         offline=frozenset(offline),
         reasons={id_: str(r.get("reason") or "") for id_, r in offline.items()},
         distrust=status.distrust,

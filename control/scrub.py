@@ -132,6 +132,17 @@ async def _order(replica: str, blocks: list[int], findings: Findings, repair: Re
     return True
 
 
+def note_unreadable(known: dict[str, set[int]], replica: str, blocks: Iterable[int], answer: Any) -> None:
+    """Keep in ``known``, by replica, what the engine says of ``blocks``: that nobody has a good copy."""
+    lost = answer.get("unreadable") if isinstance(answer, dict) else None
+    asked = set(blocks)
+    now = known.pop(replica, set()) - asked
+    if isinstance(lost, list):
+        now |= asked & {block for block in lost if type(block) is int}
+    if now:
+        known[replica] = now
+
+
 class VolumeScrub:
     """One scrub of one volume. ``replicas``: id -> node."""
 

@@ -12,7 +12,7 @@ commands tell two stories.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,9 @@ REASONS: dict[str, tuple[int, str]] = {
 (``control/reconcile.py``) have reasons of their own, and rank PLAN_RANK."""
 
 PLAN_RANK = 48
+
+REPLACEMENT_REASONS = frozenset({"replica_gone", "no_spare_node", "replica_replacing"})
+"""Conditions of a plan that follow from the fault of a replica."""
 
 EXIT_FENCED = 3
 """An engine's exit code, PROTOCOL.md."""
@@ -133,6 +136,7 @@ class VolumeFacts:
     forked: tuple[str, ...] = ()
     left_at: Mapping[str, str] = field(default_factory=dict)
     scrub_found: Mapping[str, int] = field(default_factory=dict)  # by replica: blocks
+    scrub_unreadable: Mapping[str, int] = field(default_factory=dict)  # of these: no replica has a good copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +147,10 @@ class Facts:
 
 
 def explain(facts: Facts) -> list[Finding]:
-    """All that is not as desired, what others follow from first."""
-    return _sorted(_findings(facts))
+    """All that is not as desired, roots first; of roots of one rank first what I/O waits for."""
+    found = _sorted(_findings(facts))
+    holding_up = {finding.because for finding in found if finding.reason == "volume_waiting"}
+    return sorted(found, key=lambda f: (bool(f.because), f.rank, f.about not in holding_up))
 
 
 def _findings(facts: Facts) -> Iterator[Finding]:
@@ -311,7 +317,8 @@ class _VolumeExplained:
     def findings(self) -> Iterator[Finding]:
         found = [finding for replica in self.view.replicas for finding in self._replica(replica)]
         engine = self._engine()
-        found += [*engine, *self._trust(), *self._scrub(), *self._plan(bool(engine))]
+        found += [*engine, *self._trust(), *self._scrub()]
+        found += self._plan(bool(engine), self._replica_root_of(found))
         yield from found
         yield from self._volume(found)
 
@@ -479,32 +486,53 @@ class _VolumeExplained:
         for replica in self.view.replicas:
             count = self.facts.scrub_found.get(replica.id, 0)
             if count:
+                name, attached = self.view.name, self.facts.attached
+                lost = min(count, self.facts.scrub_unreadable.get(replica.id, 0))
                 blocks = f"{count} damaged block{'s' * (count != 1)}"
-                when = "" if self.facts.attached else f" when {self.view.name} is attached"
+                where = f"in replica {replica.id} on {replica.node}"
+                then = "they are repaired from the other replicas" + (
+                    "" if attached else f" when {name} is attached"
+                )
+                command = "" if attached else f"`dolmen volume attach {name}`"
+                if lost:
+                    where += f"; of {lost} no replica has a good copy"
+                    then = "reads of those fail until they are written anew, as from a backup"
+                    command = f"`dolmen volume scrub {name} --wait` shows where"
                 yield self._make(
                     f"blocks of {replica.id}",
                     "scrub_findings",
-                    f"scrub found {blocks} in replica {replica.id} on {replica.node}",
-                    then=f"they are repaired from the other replicas{when}",
-                    command="" if self.facts.attached else f"`dolmen volume attach {self.view.name}`",
-                    who=Who.DOLMEN if self.facts.attached else Who.OPERATOR,
+                    f"scrub found {blocks} {where}",
+                    then=then,
+                    command=command,
+                    who=Who.OPERATOR if lost or not attached else Who.DOLMEN,
                     concerns=(self.view.name, replica.id, replica.node),
                 )
 
-    def _plan(self, engine_said: bool) -> Iterator[Finding]:
+    def _replica_root_of(self, found: Iterable[Finding], names: Collection[str] = ()) -> str:
+        """Why the first of the replicas ``names`` (none: of all) is not in sync; "" if nothing says so."""
+        abouts = [f"replica {name}" for name in names or [r.id for r in self.view.replicas]]
+        of_them = sorted((f for f in found if f.about in abouts), key=lambda f: abouts.index(f.about))
+        return next((finding.because or finding.about for finding in of_them), "")
+
+    def _plan(self, engine_said: bool, replica_root: str) -> list[Finding]:
         """What the reconciler waits for. What is said better above is left out."""
+        made = []
         for condition in self.view.conditions:
             if condition.reason in NODE_REASONS or (condition.reason == "engine_starting" and engine_said):
                 continue
-            yield Finding(
-                about=f"plan of {self.view.name}",
-                reason=condition.reason,
-                text=f"volume {self.view.name} waits for {condition.waits_for}",
-                who=condition.who,
-                since=condition.since,
-                because=self._node_root(),
-                concerns=(self.view.name,),
+            follows = replica_root if condition.reason in REPLACEMENT_REASONS else ""
+            made.append(
+                Finding(
+                    about=f"plan of {self.view.name}",
+                    reason=condition.reason,
+                    text=f"volume {self.view.name} waits for {condition.waits_for}",
+                    who=condition.who,
+                    since=condition.since,
+                    because=self._node_root() or follows,
+                    concerns=(self.view.name,),
+                )
             )
+        return made
 
     def _waiting_for(self, kind: str) -> list[dict[str, str]]:
         waits = self.view.engine.waiting_for if self.view.engine is not None else []
@@ -517,13 +545,14 @@ class _VolumeExplained:
         """What all this means for whoever reads and writes. A root only if there is no other."""
         name, state = self.view.name, self.view.state
         roots = _sorted(f for f in found if not f.because)
-        because = self._node_root() or (roots[0].about if roots else "")
+        waits = self._waiting_for("replica")
+        because = self._replica_root_of(found, [wait["replica"] for wait in waits]) if waits else ""
+        because = because or self._node_root() or (roots[0].about if roots else "")
         because = because or next((f.because for f in found if f.because), "")
         if not because and found:
             because = found[0].about
         count, total = self._in_sync(), len(self.view.replicas)
         about = f"volume {name}"
-        waits = self._waiting_for("replica")
         if state is VolumeState.WAITING or (state is VolumeState.ATTACHING and waits):
             for_whom = ", ".join(f"{w['replica']} ({w.get('reason', '')})" for w in waits)
             yield self._make(

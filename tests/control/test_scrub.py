@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from control.scrub import AWAY_S_MAX, KEEPER_INTERVAL_S, REPAIR_BATCH_BLOCKS, DamageKeeper, VolumeScrub
+from control.scrub import (
+    AWAY_S_MAX,
+    KEEPER_INTERVAL_S,
+    REPAIR_BATCH_BLOCKS,
+    DamageKeeper,
+    VolumeScrub,
+    note_unreadable,
+)
 from control.views import ScrubResult, ScrubVerdict
 from protocol.errors import Unreachable, VolumeNotAttached
 from protocol.limits import BLOCK_BYTES
@@ -241,3 +248,14 @@ def test_damage_that_nothing_repairs_is_tried_ever_more_rarely_until_something_c
     pauses = [later - earlier for earlier, later in pairwise(tried)]
     assert pauses == sorted(pauses) and pauses[0] == KEEPER_INTERVAL_S and pauses[-1] == 3600
     assert 5 < len(tried) < 15
+
+
+def test_a_block_that_nobody_has_is_known_until_it_is_repaired() -> None:
+    known: dict[str, set[int]] = {}
+    note_unreadable(known, "a", [1, 2, 3], {"unreadable": [2, 3, 99, "x"]})
+    assert known == {"a": {2, 3}}
+    note_unreadable(known, "a", [2], {"unreadable": []})  # it was written anew
+    note_unreadable(known, "b", [5], None)
+    assert known == {"a": {3}}
+    note_unreadable(known, "a", [3], {"repaired": [3], "unreadable": []})
+    assert known == {}

@@ -300,6 +300,11 @@ FAULTS: dict[str, tuple[Case, str, str]] = {
         "scrub_findings",
         "scrub found 2 damaged blocks in replica data-r2 on node2",
     ),
+    "a block that is bad everywhere": (
+        Case().so(scrub_found={"data-r2": 2}, scrub_unreadable={"data-r2": 1}),
+        "scrub_findings",
+        "scrub found 2 damaged blocks in replica data-r2 on node2; of 1 no replica has a good copy",
+    ),
     "unknown replica": (
         stray(),
         "replica_stray",
@@ -345,6 +350,23 @@ def test_a_majority_that_is_lost_is_waited_for_by_name_with_the_way_out() -> Non
     assert "data-r2 (a newer record may exist there)" in waiting.text
     assert "dolmen volume recover data" in waiting.command
     assert [f.about for f in found[:2]] == ["node node2", "node node3"]
+
+
+def test_the_fault_that_io_waits_for_comes_first_among_its_equals() -> None:
+    case = two_nodes_lost()
+    (wait, *_) = case.waiting
+    case.waits({**wait, "replica": "data-r3"})
+    found = case.explained()
+    assert [f.about for f in found[:2]] == ["node node3", "node node2"]
+    assert next(f.because for f in found if f.reason == "volume_waiting") == "node node3"
+
+
+def test_a_replacement_that_waits_follows_from_what_is_wrong_with_the_replica() -> None:
+    case = Case().lose(ReplicaState.STALE).says(state="missing")
+    case.plan = [PLAN.model_copy(update={"reason": "no_spare_node"})]
+    found = case.explained()
+    assert [f.reason for f in found if not f.because] == ["replica_missing"]
+    assert next(f.because for f in found if f.reason == "no_spare_node") == "replica data-r2"
 
 
 def test_a_full_disk_is_the_root_of_its_replica_s_state() -> None:
