@@ -56,9 +56,9 @@ async def answer(engine: Engine, call: str, args: dict[str, Any]) -> Any:
             return {}
         case "engine.replace_replica", _:
             raise BadRequest(reason="engine.replace_replica takes old and new")
-        case "engine.repair", {"replica": str(replica), "blocks": list(blocks)} if (
-            len(blocks) <= BLOCKS_PER_CALL_MAX and all(type(block) is int for block in blocks)
-        ):
+        case "engine.repair", {"replica": str(replica), "blocks": list(blocks)} if len(
+            blocks
+        ) <= BLOCKS_PER_CALL_MAX and all(type(block) is int for block in blocks):
             return await engine.repair(replica, blocks)
         case "engine.repair", _:
             raise BadRequest(
