@@ -8,6 +8,7 @@ use std::fs::OpenOptions as FileOptions;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 
 use dolmen_core::checksum::block_checksum;
@@ -23,6 +24,9 @@ use std::io::{Read, Write};
 const SIZE: u64 = 8 << 20;
 const REGION_BLOCKS: u64 = 1024;
 const FILES: [&str; 3] = ["regions", "head/map", "head/data"];
+
+/// Ids of frames grow within a session; here over all of them.
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 static TEMPLATE: OnceLock<tempfile::TempDir> = OnceLock::new();
 
@@ -43,7 +47,7 @@ fn call(socket: &mut UnixStream, epoch: u64, kind: u8, offset: u64, payload: &[u
     let length_bytes = if kind == kind::FLUSH { 0 } else { BLOCK as u32 };
     let header = Header {
         kind,
-        request_id: 1,
+        request_id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
         epoch,
         offset_bytes: offset,
         length_bytes,
