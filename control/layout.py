@@ -31,7 +31,8 @@ class Layout:
     """``Layout(dir)``; ``prepare()`` makes what must exist."""
 
     def __init__(self, directory: Path) -> None:
-        self.dir = Path(os.path.abspath(directory))
+        # Without links: processes are found again by their arguments, however it was written this time.
+        self.dir = Path(os.path.realpath(directory))
         self.key = self.dir / "cluster.key"
         self.token = self.dir / "api.token"
         self.state = self.dir / "state.db"

@@ -109,7 +109,7 @@ def choose_node(volume: Volume, nodes: list[NodeSpace]) -> str:
 def check_node(volume: Volume, node: str, state: NodeState) -> None:
     """Raises BadRequest unless a new replica may go there."""
     if any(p.node == node for p in volume.places):
-        raise BadRequest(reason=f"node {node} has, or had, a replica of {volume.name}; another one is needed")
+        raise BadRequest(reason=f"node {node} has, or had, a replica of {volume.name}. Name another one")
     if state is not NodeState.UP:
         raise BadRequest(reason=f"node {node} is {state.value}, it has to be up")
 
@@ -117,12 +117,14 @@ def check_node(volume: Volume, node: str, state: NodeState) -> None:
 def refuse_replacement(volume: Volume, replica_id: str, *, attached: bool) -> None:
     """Raises BadRequest unless nobody counts on that replica."""
     if replica_id not in {p.id for p in volume.spec.replicas}:
-        raise BadRequest(reason=f"volume {volume.name} has no replica {replica_id[:80]!r}")
+        raise BadRequest(
+            reason=f"volume {volume.name} has no replica {replica_id[:80]!r}. `dolmen replica ls` lists them"
+        )
     if volume.spec.deleting:
         raise BadRequest(reason=f"volume {volume.name} is being deleted")
     if replica_id in volume.status.record.in_sync:
         then = (
-            "only one that is not is replaced; stop its node first if it is to leave it"
+            "only one that is not is replaced. Stop its node first if it is to leave it"
             if attached
             else f"`dolmen volume attach {volume.name}` first, which takes it out of the record if it is gone"
         )
@@ -181,7 +183,10 @@ async def swap(store: Store, name: str, old: str) -> None:
         gone = next(p for p in volume.spec.replicas if p.id == old)
         replicas = tuple(under_way.new if p is gone else p for p in volume.spec.replicas)
         spec = volume.spec.model_copy(update={"replicas": replicas, "replacing": None})
-        return _changed(volume, spec=spec, status=_without(volume.status, gone))
+        # Compared as a whole: engine/replacing.py says why.
+        forked = tuple(sorted({*volume.status.forked, under_way.new.id} - {old}))
+        status = _without(volume.status, gone).model_copy(update={"forked": forked})
+        return _changed(volume, spec=spec, status=status)
 
     await _change(store, name, change)
 

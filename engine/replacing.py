@@ -2,7 +2,9 @@
 
 Owns the rule: never a replica that any record names which may be durable somewhere, and never one whose
 answers are counted. Who is in no such record is needed by nobody: no open depends on it, no acknowledged
-write is held by it alone. The new one begins blank and is filled by a resync, as any stale one.
+write is held by it alone. The new one should be blank, and is filled by a resync. It is compared as a whole,
+which costs a blank one nothing: a state store that was put back may give out an id a second time, and then
+somebody with a history of its own answers to it.
 
 Does not own who decides that a replica is gone, nor the new one's directory: that is the daemon's, which
 keeps this order (``control/replacing.py``): the wish is written, the new replica is made, the engine is told,
@@ -71,5 +73,6 @@ def _successor(entry: ReplicaEntry, new_id: str) -> ReplicaEntry:
     new = ReplicaEntry(entry.slot, new_id)
     new.session = entry.session
     new.stable_number = entry.stable_number
+    new.forked = True
     new.reason = f"it takes the place of {entry.id}"
     return new

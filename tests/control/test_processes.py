@@ -126,6 +126,14 @@ def test_leftovers_of_one_directory_are_ended_and_no_others(tmp_path: Path) -> N
     asyncio.run(run())
 
 
+def test_processes_are_found_again_however_the_directory_is_written(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    real, link = Layout(tmp_path / "real"), Layout(tmp_path / "link")
+    assert link.engine_config("data") == real.engine_config("data")
+    assert link.disk_dir("node1") == real.disk_dir("node1") and link.runtime == real.runtime
+
+
 def test_a_unix_socket_replaces_what_was_at_its_path_and_is_private(tmp_path: Path) -> None:
     path = tmp_path / "nbd.sock"
     first = listen_unix(path)

@@ -149,6 +149,7 @@ def test_the_new_one_takes_the_place_and_no_record_can_name_the_old_one(tmp_path
     assert done.spec.replacing is None
     assert [place.id for place in done.status.retired] == ["data-r2"]
     assert "data-r2" not in done.status.replica_size_bytes
+    assert done.status.forked == ("data-r4",), "compared as a whole until a record names it"
     assert new_place(done, "node5").id == "data-r5"
 
 

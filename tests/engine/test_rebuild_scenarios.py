@@ -203,6 +203,22 @@ def replace(cluster: Cluster, old: str, new: str) -> str:
     return str(answer) if answer is not None else ""
 
 
+def test_a_new_replica_that_is_not_blank_is_compared_as_a_whole() -> None:
+    # The state store was put back, and gives out an id that somebody has already, who went his own ways.
+    cluster = serving()
+    cluster.kill("C")
+    cluster.settle()
+    assert replace(cluster, "C", "D") == ""
+    cluster.put_new_replica(2, "D")
+    known = cluster.replica("D")
+    stranger = cluster.new_write_id(((5, 0), (5, 1)))
+    known.content, known.stamps = {(5, 0): stranger, (5, 1): stranger}, {5: (1, 90)}
+    known.synced_at = (1, 99)
+    heal(cluster)
+    assert in_sync(cluster) == {"A", "B", "D"}
+    assert not any(known.content.get((5, half)) for half in (0, 1)), "what it alone had is gone"
+
+
 def test_a_replica_that_no_record_names_gives_its_slot_to_a_new_one() -> None:
     cluster = serving()
     first = cluster.write(1)
