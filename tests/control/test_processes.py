@@ -39,6 +39,8 @@ def with_process(tmp_path: Path, work: Callable[[Process, list[str]], Awaitable[
     async def run() -> None:
         process = spawn(argv, log=tmp_path / "log", cwd=tmp_path)
         try:
+            # For a moment of its start the kernel shows no arguments at all.
+            await asyncio.to_thread(wait_until, lambda: matches(process.pid, argv[1:]))
             await work(process, argv[1:])
         finally:
             kill(process.pid)
