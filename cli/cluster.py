@@ -153,7 +153,7 @@ def wait_ready(client: Client, daemon: subprocess.Popen[bytes] | None) -> None:
         time.sleep(POLL_S)
     fail(
         f"the cluster is not ready after {READY_TIMEOUT_S:.0f} s: waits for {', '.join(waits_for)}",
-        "`dolmen status` shows how far it is; the logs are under " + os.fspath(client.layout.dir),
+        "`dolmen why` says why; what is up is served. The logs are under " + os.fspath(client.layout.dir),
         Exit.UNFINISHED,
     )
 

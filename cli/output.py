@@ -86,8 +86,8 @@ def user_errors(command: Callable[P, None]) -> Callable[P, None]:
 ADVICE = {
     "no_space": "free space on that disk; the replica resumes by itself",
     "not_enough_nodes": "`dolmen node ls` shows which are down; start them, or ask for fewer --replicas",
-    "timeout": "`dolmen status` shows what it waits for; repeating the command is harmless",
-    "unreachable": "`dolmen status` shows which process does not answer",
+    "timeout": "`dolmen why` says what it waits for; repeating the command is harmless",
+    "unreachable": "`dolmen why` says which process does not answer, and why",
     "conflict": "try again",
     "shrink_refused": "`dolmen volume ls` shows sizes; for a smaller volume, create another and copy to it",
     "internal": "look into daemon.log in the cluster's directory",
@@ -99,7 +99,9 @@ def split_advice(error: StorageError) -> tuple[str, str]:
     """Messages are written as sentences, with the next step, if any, after the first."""
     text = " ".join(str(error).split()).removeprefix("The request is not valid: ")
     what, dot, rest = text.partition(". ")
-    return what + dot.strip(), rest or ADVICE.get(error.code, "`dolmen --help` lists the commands")
+    return what + dot.strip(), rest or ADVICE.get(
+        error.code, "`dolmen status` shows what there is, `dolmen why` what is wrong"
+    )
 
 
 def show_json(value: Any) -> None:

@@ -77,7 +77,9 @@ def show_report(found: dict[str, Any]) -> None:
     for path in found["moved_aside"]:
         print(f"moved aside: {path}")
     if found["written"]:
-        print(f"the state store is made anew: {len(found['nodes'])} nodes, {len(found['volumes'])} volumes")
+        nodes, volumes = len(found["nodes"]), len(found["volumes"])
+        counts = f"{nodes} node{'s' * (nodes != 1)}, {volumes} volume{'s' * (volumes != 1)}"
+        print(f"the state store is made anew: {counts}")
         note("next: dolmen up --detach, then dolmen why")
     else:
         print("nothing was written")

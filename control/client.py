@@ -103,6 +103,7 @@ class Client:
         # Not at the top: only this rare path needs them, and the command starts faster without.
         from control.leftovers import is_daemon_running
         from control.processes import is_standing
+        from control.recover_disks import store_fault
 
         pid = int(read_daemon_json(self.layout).get("pid") or 0)
         reason, command, then = "daemon_down", f"`dolmen up --dir {self.layout.dir} --detach`", ""
@@ -115,9 +116,14 @@ class Client:
                 command, then = f"`kill -CONT {pid}`", ""
         elif not self.layout.key.exists():
             text = f"there is no cluster in {self.layout.dir}"
-        then = "; ".join(part for part in (then, "volumes are served meanwhile as they were") if part)
+        elif fault := store_fault(self.layout):
+            reason, text = "store_failed", f"{self.layout.state} {fault}, so the daemon cannot start"
+            then = "put it back, or make it anew from the disks"
+            command = f"`dolmen recover --from-disks --dir {self.layout.dir}`, then {command}"
+        served = "volumes whose engines run are served as they were"
+        then = "; ".join(part for part in (then, served) if part)
         return {
-            "about": "the daemon",
+            "about": "the state store" if reason == "store_failed" else "the daemon",
             "reason": reason,
             "text": text,
             "then": then if self.layout.key.exists() else "",

@@ -412,7 +412,9 @@ class Cluster:
             volume = await self._volume(name)
             node = next((place.node for place in volume.spec.replicas if place.id == replica_id), None)
             if node is None:
-                raise BadRequest(reason=f"volume {name} has no replica {replica_id[:80]!r}")
+                raise BadRequest(
+                    reason=f"volume {name} has no replica {replica_id[:80]!r}. `dolmen replica ls` lists them"
+                )
             link = self.link(node)
             said = (await ask_servers([self.supervisors[node]]))[node]
             if said.volumes is None:

@@ -94,6 +94,18 @@ def refuse_good_store(layout: Layout) -> None:
     )
 
 
+def store_fault(layout: Layout) -> str:
+    """What is wrong with a state store that no daemon uses; "" if it can be used, or there never was one."""
+    if not layout.state.exists():
+        had_one = layout.stamp.exists() or any(layout.dir.glob("nodes/*/disk0/disk.json"))
+        return "is gone" if had_one else ""
+    try:
+        refuse_good_store(layout)
+    except BadRequest:
+        return ""
+    return "cannot be read"
+
+
 async def _read_all(path: Path) -> None:
     """Raises StorageError or ValueError when a document can't be read, or there is none: the first thing that
     a cluster's state store ever holds is its nodes."""

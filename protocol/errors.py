@@ -202,7 +202,8 @@ class Conflict(StorageError):
 
 
 class DaemonUnreachable(StorageError):
-    """No daemon answers for the cluster in {dir}. `dolmen up --dir {dir}` starts it."""
+    """No daemon answers for the cluster in {dir}. `dolmen up --dir {dir} --detach` starts it,
+    `dolmen why --dir {dir}` says what is in its way."""
 
     code = "daemon_unreachable"
     retryable = True

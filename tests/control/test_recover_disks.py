@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import control.recover_disks
+from control.client import Client
 from control.documents import Document
 from control.from_disks import LivingEngine, NodeDisk, Rebuilt, rebuild
-from control.layout import Layout
+from control.layout import Layout, write_private
 from control.model import KIND_ATTACHMENT, KIND_NODE, KIND_VOLUME, Node, NodeWanted, Volume
 from control.recover_disks import recover_from_disks, refuse_good_store
 from control.stamp import read_number, write_number
@@ -216,6 +217,25 @@ def test_a_good_state_store_is_refused_and_not_even_opened(tmp_path: Path) -> No
     with pytest.raises(BadRequest, match="can be used"):
         recover_from_disks(tmp_path)
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.glob("state*")} == before
+
+
+def test_a_lost_state_store_is_the_reason_why_no_daemon_answers(tmp_path: Path) -> None:
+    client, layout = Client(tmp_path), Layout(tmp_path)
+    assert client.why_no_daemon()["text"] == f"there is no cluster in {tmp_path}"
+    layout.prepare()
+    write_private(layout.key, b"k" * 32)
+    assert client.why_no_daemon()["reason"] == "daemon_down"  # a first start that was killed: nothing is lost
+    make_disks(layout)
+    for content, words in ((None, "is gone"), (b"not a database, whatever it says", "cannot be read")):
+        if content is not None:
+            layout.state.write_bytes(content)
+        said = client.why_no_daemon()
+        assert said["reason"] == "store_failed" and words in said["text"] and "state.db" in said["text"]
+        assert said["command"].startswith(f"`dolmen recover --from-disks --dir {tmp_path}`, then `dolmen up")
+        assert content is None or layout.state.read_bytes() == content
+    layout.state.unlink()
+    recover_from_disks(tmp_path)
+    assert client.why_no_daemon()["reason"] == "daemon_down"
 
 
 def test_a_directory_without_disks_is_not_a_cluster(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_a_replacement_is_refused_with_the_reason() -> None:
         )
         with pytest.raises(NotEnoughNodes, match="nowhere to go"):
             client.replace_replica("data", "data-r2")
-        with pytest.raises(BadRequest, match="another one is needed"):
+        with pytest.raises(BadRequest, match="Name another one"):
             client.replace_replica("data", "data-r2", to="node1")
         assert "data-r2" in {r["id"] for r in client.volume("data")["replicas"]}, "nothing was changed"
 
