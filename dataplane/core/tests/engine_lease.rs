@@ -179,7 +179,7 @@ fn a_silent_replica_that_a_read_waits_for_is_closed_after_a_second() {
     hold(&rig, 1, &[kind::LEASE]);
     let read = client.send(READ, 0, 0, 4096, &[]);
     rig.replicas[1].wait_until("a LEASE", |store| frames_in(store, kind::LEASE) == 1);
-    while rig.engine.stats().expect("open").lease_waits == 0 {
+    while rig.engine.stats().expect("open").counters.lease_waits == 0 {
         std::thread::yield_now(); // the other replica's answer is on its way
     }
     for _ in 0..5 {
