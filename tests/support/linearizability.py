@@ -259,9 +259,22 @@ def _check_parts(
         violation = check_block(block, [*open_writes, *writes, *renamed])
         if violation is not None:
             return violation
-        may_begin_with = _survivors(may_begin_with, inherited.keys(), writes, flushes, begin, end)
+        done = _done_when_seen([*open_writes, *writes], reads)
+        may_begin_with = _survivors(may_begin_with, inherited.keys(), done, flushes, begin, end)
         open_writes += [op for op in writes if op.end is None]
     return None
+
+
+def _done_when_seen(writes: Iterable[Operation], reads: Iterable[Operation]) -> list[Operation]:
+    """A write that nobody answered is decided when a read shows it: a flush after that covers it."""
+    seen_at: dict[Value | None, float] = {}
+    for op in reads:
+        assert op.end is not None
+        seen_at[op.value] = min(seen_at.get(op.value, math.inf), op.end)
+    return [
+        replace(op, end=seen_at[op.value], durable=False) if op.end is None and op.value in seen_at else op
+        for op in writes
+    ]
 
 
 def _survivors(

@@ -146,6 +146,14 @@ def test_what_a_power_loss_may_do(history: list[Operation], flushes: list[Flush]
         ([write(0, 0, 1), read(None, 6, 7)], [], [], "strictly before and after"),
         # Decided at the first loss and flushed since: the second may not bring the other back.
         ([write(0, 0, 1), read(None, 3, 4), read(0, 8, 9)], [Flush(4.5, 5)], [2.0, 7.0], "older than"),
+        # Nobody answered it, but it was seen, and flushed after that: it is as safe as an answered one.
+        ([write(0, 0, 1), write(1, 2, None), read(1, 3, 4), read(0, 6, 7)], [Flush(4.2, 4.5)], LOSS, "older"),
+        (
+            [write(0, 0, 1), write(1, 2, None), read(1, 6, 7), read(0, 9, 10)],
+            [Flush(7.2, 7.5)],
+            [5.0, 8.0],
+            "older",
+        ),
         # What was written after the loss is as safe as ever.
         ([write(0, 0, 1), write(1, 6, 7), read(0, 8, 9)], [], LOSS, "two"),
     ],
