@@ -186,10 +186,8 @@ def _show_up(client: Client, output: Output, *, already: bool) -> None:
     print(
         f"REST API: {daemon['socket']} and http://{daemon['tcp_address']} (token: {daemon['dir']}/api.token)"
     )
-    if Path(daemon["dir"]) != default_dir():
-        note(f"next: export DOLMEN_DIR={daemon['dir']}; dolmen volume create data --size 2GiB")
-    else:
-        note("next: dolmen volume create data --size 2GiB")
+    export = f"export DOLMEN_DIR={daemon['dir']}; " if Path(daemon["dir"]) != default_dir() else ""
+    note(f"next: {export}dolmen {'why' if status['volumes'] else 'volume create data --size 2GiB'}")
 
 
 def _run_in_foreground(
