@@ -52,3 +52,18 @@ def test_an_engine_killed_under_load_is_a_pause_in_a_new_epoch_on_the_same_socke
     assert after["epoch"] == before["epoch"] + 1
     assert after["nbd_uri"] == before["nbd_uri"]
     incident.check_healthy_and_equal()
+
+
+def test_an_engine_that_stands_still_is_replaced_by_another(incident: Incident) -> None:
+    """It answered before; nobody continues it. What it had not answered is asked of the next one."""
+    with ReconnectingClient(incident.uri) as client:
+        client.write(61 * 1024 * 1024, b"acknowledged before")
+        before = incident.show()
+        stopped = before["engine"]["pid"]
+        incident.freeze(stopped)
+        incident.show()  # whoever looks notices it at once; else the daemon does, every 10 s
+        assert client.read(61 * 1024 * 1024, 19) == b"acknowledged before"
+        assert client.reconnect_count == 1
+    after = incident.show()
+    assert after["engine"]["pid"] != stopped and after["epoch"] > before["epoch"]
+    incident.check_healthy_and_equal()
