@@ -2,7 +2,7 @@
 
 Owns the words people read (``VolumeState``, ``ReplicaState``) and how they follow from what is known.
 Asks replica servers and engines at once, each with a short deadline: who does not answer is shown
-as not answering, and nobody waits for it. Changes nothing.
+as not answering, and nobody waits for it. Changes nothing, but tells an engine's slot whether it answered.
 """
 
 from __future__ import annotations
