@@ -194,11 +194,18 @@ class Cluster:
 
     def _recover_if_needed(self) -> None:
         """An old directory and another loss at the same moment can be more than any rule can decide: then an
-        operator does, who sees what is there. Whatever was acknowledged before may be gone by that."""
-        if not self.faults.counts["old directory"]:
+        operator does, who sees what is there. Whatever was acknowledged before may be gone by that.
+
+        So is a replica that no engine ever reached, when the state store was put back: it looks like an empty
+        disk in the place of one that knew more."""
+        counts = self.faults.counts
+        if not counts["old directory"] and not counts["old state store"]:
             return
         self.sim.run(until_s=self.sim.now + FORGOTTEN_S, stop=lambda: self.healthy)
         engine = self.control.engine
+        blank = engine is not None and any(entry.epoch_before == 0 for entry in engine.volume.entries)
+        if not counts["old directory"] and not blank:
+            return
         wait = engine.volume.opening.must_wait if engine is not None else None
         if engine is None or wait is None or wait.reason not in OPERATOR_REASONS:
             return
@@ -209,7 +216,9 @@ class Cluster:
         self.history.start_over()
         self.control.recover((chosen,), wait.newest.stamp)
         self.recovered = True
-        engine.end(-15)
+        for other in self.control.engines:
+            if other.alive:
+                other.end(-15)
 
     def _why(self) -> str:
         alive = [other.name for other in self.control.engines if other.alive]

@@ -36,7 +36,11 @@ REGRESSIONS = {
 }
 """Always run. What each was about when it failed; the story of a seed changes with the code."""
 
-THEMED = {("deaths", 9356): "a repair with a copy that is older than a write sent since"}
+THEMED = {
+    ("deaths", 9356): "a repair with a copy that is older than a write sent since",
+    ("alone", 710315): "an older state store, and a replica that no engine had ever reached",
+    ("mixed", 720141): "an operator decides while an engine before the last still runs",
+}
 """The same, of runs with a theme."""
 
 SEEDS = range(1, 201)
