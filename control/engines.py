@@ -1,8 +1,8 @@
 """One volume's engine process, as the daemon holds it: its sockets, its process, its control link.
 
-Owns the files ``nbd.sock``, ``engine.json`` and ``engine.log`` of a volume, and starting, finding
-again and ending its engine, and since when it is silent. Does not own when to end it (``control/reconcile.py``)
-or under which epoch the next one runs.
+Owns the files ``nbd.sock``, ``engine.json`` and ``engine.log`` of a volume, starting, finding again and
+ending its engine, and since when it is silent. Does not own when to start or end it
+(``control/reconcile.py``) or under which epoch.
 
 A living engine is never disturbed by the daemon's own start or end: ``forget`` lets it go on, and
 ``adopt`` finds it again by its exact arguments.
