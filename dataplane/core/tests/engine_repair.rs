@@ -121,8 +121,13 @@ fn a_bad_copy_found_by_a_read_is_not_overwritten_with_what_is_old() {
     rig.engine.set_readers(&[1]).expect("open");
     rig.settle();
     rig.replicas[0].store().held_kinds.insert(kind::READ);
+    rig.replicas[1].store().held_kinds.insert(kind::READ);
     let read = client.send(READ, 0, 7 * BLOCK as u64, BLOCK as u32, &[]);
+    // The bad copy is told of only when there is somebody else to ask.
+    rig.replicas[1].wait_until("the read", |store| reads(store) == 1);
     rig.engine.set_readers(&[0, 1]).expect("open");
+    rig.settle();
+    rig.replicas[1].release();
     rig.replicas[0].wait_until("the good copy is asked for", |store| reads(store) == 1);
     let mut writer = rig.client();
     assert_eq!(writer.write(7 * BLOCK as u64, &pattern(2, BLOCK)), 0);
