@@ -237,6 +237,11 @@ def is_layer_name(name: object) -> bool:
     )
 
 
+def has_meta(directory: str) -> bool:
+    """Whether its file stands there. A write replaces it by renaming: it is never away for a moment."""
+    return os.path.lexists(os.path.join(directory, FILE_NAME))
+
+
 def read_meta(directory: str) -> ReplicaMeta:
     """What stands there, with ``files`` as they are now, and ``restored`` also if they, or replica.meta
     itself, are not the files that they were. Blocking. Raises ReplicaDamaged for a file that is missing or

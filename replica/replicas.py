@@ -35,7 +35,7 @@ from protocol.membership import MembershipRecord
 from replica import epoch as epochs
 from replica.disk import Disk
 from replica.io_path import Event, IoPath
-from replica.metadata import NEVER_SYNCED, ReplicaMeta, read_meta, write_meta
+from replica.metadata import NEVER_SYNCED, ReplicaMeta, has_meta, read_meta, write_meta
 from replica.peer import Pulls
 from replica.scrubber import Scrubber
 
@@ -232,6 +232,18 @@ class Replica:
             except StorageError as error:
                 # Kept in memory, and written with whatever is persisted next.
                 log.error("suspicion not persisted volume=%s error=%s", self.volume_id, error)
+
+    async def note_files_gone(self) -> None:
+        """Somebody deleted them under us. What is open would serve on until we stop, and then be lost: opened
+        again at once it is what it is, damaged, and its engine looks for another."""
+        async with self._lock:
+            if self.state is not ReplicaState.OPEN:
+                return
+            self.transition(ReplicaState.FAILED, "its files were deleted while it was served")
+            try:
+                await self._ready()
+            except StorageError as error:
+                log.error("files gone volume=%s error=%s", self.volume_id, error)
 
     async def _ready(self) -> ReplicaMeta:
         """The metadata of an open replica; one that waits to be opened is opened first, a failed one is
@@ -670,6 +682,8 @@ class Replicas:
         }
 
     async def inspect(self, replica: Replica) -> dict[str, Any]:
+        if replica.is_open and not await self._io.run_short(has_meta, replica.path):
+            self._spawn(replica.note_files_gone(), f"files gone {replica.volume_id}")
         return {
             **await replica.inspect(),
             "damaged_count": self.scrubber.damaged_count(replica.volume_id),

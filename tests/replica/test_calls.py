@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -502,6 +503,23 @@ def test_suspicion_that_could_not_be_written_is_not_forgotten(
         assert not rig.on_disk.suspect
         await rig.claim(1)
         assert rig.on_disk.suspect
+
+    play_calls(scenario)
+
+
+def test_files_that_are_deleted_under_a_running_server_are_noticed(
+    play_calls: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(rig: Rig) -> None:
+        await rig.create()
+        await rig.claim(1)
+        shutil.rmtree(rig.path / "replicas" / VOLUME)
+        await rig.status()
+        await rig.settle()
+        answer = await rig.status()
+        assert answer["state"] == "damaged"
+        assert "replica.meta" in answer["reason"]
+        assert "close_store" in rig.io.names(), "its sessions ended"
 
     play_calls(scenario)
 
