@@ -56,6 +56,8 @@ def recover_volume(
     overwritten when they come back.
     """
     client = Client(directory or default_dir())
+    if withdraw and (members or lose or dry_run):
+        fail("--withdraw stands alone", f"`dolmen volume recover {name} --withdraw`", Exit.USAGE)
     if withdraw:
         view = client.withdraw_recovery(name)
         _show(view, output, f"volume {name}: the decision is taken back")

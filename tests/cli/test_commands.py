@@ -158,6 +158,7 @@ def test_refusals_say_how_to_go_on(cluster: FakeCluster) -> None:
         ("volume", "create", "data"),
         ("nosuch",),
         ("volume", "ls", "-o", "xml"),
+        ("volume", "recover", "data", "--withdraw", "--lose", "data 7.3 4f1c2a9e"),
         ("up", "--nodes", "x"),
     ],
 )
