@@ -131,8 +131,11 @@ def test_a_replica_whose_identity_is_damaged(incident: Incident) -> None:
 
 def test_a_majority_that_is_lost_is_named_with_what_it_holds_up(incident: Incident) -> None:
     first, second, third = incident.replica_ids
-    for replica in (first, second, third):
+    # One after the other, each left out before the next dies: then the first alone is waited for.
+    for replica in (third, second):
         incident.kill_and_keep_down(replica)
+        incident.wait_until_left_out(replica)
+    incident.kill_and_keep_down(first)
     incident.start(third)
     node = incident.node_of(first)
     wait_for_line(incident, f"{node} was stopped by an operator")

@@ -64,6 +64,7 @@ class Write:
     asked: set[int]
     ok: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)  # failed it once
     no_space: bool = False
     finished: bool = False
     error: str = ""
@@ -208,14 +209,38 @@ class DataPlane:
                 return
         self.completed_told = 0
         if sync:
-            for write in list(self.writes.values()):
-                if write.region < 0 and write.finished:
-                    continue
-                write.asked.add(slot)
-                write.ok.discard(slot)
-                write.failed.discard(slot)
-                self._send(link, write.frame)
+            self._resend(link)
         self.retry_waiting_reads()
+
+    def _resend(self, link: Link) -> None:
+        """What its replica has not answered, in order; nothing that would undo what it has (``requests``)."""
+        slot = link.slot
+        undone: set[int] = set()  # blocks of frames that were refused once
+        for write in list(self.writes.values()):
+            held = slot in write.ok
+            if write.region < 0:
+                if write.finished or held:
+                    continue
+                frame = write.frame
+            else:
+                block = write.frame[3]
+                follows, refused = block in undone, slot in write.refused
+                if held and not follows:
+                    continue
+                if not follows and not refused and self._is_under_what_it_holds(slot, write):
+                    frame = ("F", write.id, write.frame[2])
+                else:
+                    frame = write.frame
+                    if follows or refused:
+                        undone.add(block)
+            write.asked.add(slot)
+            write.ok.discard(slot)
+            write.failed.discard(slot)
+            self._send(link, frame)
+
+    def _is_under_what_it_holds(self, slot: int, write: Write) -> bool:
+        others = (self.writes[number] for number in self.by_region[write.region])
+        return any(o.id > write.id and slot in o.ok and o.frame[3] == write.frame[3] for o in others)
 
     def close_link(self, slot: int, generation: int, reason: str | None, status: int = 0) -> None:
         """``reason`` None: the machine knows."""
@@ -336,6 +361,7 @@ class DataPlane:
                     write.ok.add(link.slot)
                 else:
                     write.failed.add(link.slot)
+                    write.refused.add(link.slot)
                     write.no_space |= status == Status.NO_SPACE
                 self._judge(write)
         elif number in self.read_of:
