@@ -15,7 +15,7 @@ use super::commands::Event;
 use super::hedging::Second;
 use super::link::{Arriving, Link, LinkEnd};
 use super::nbd::{self, Command};
-use super::requests::{bit, each, Entry, Outcome, Slots};
+use super::requests::{bit, each, Again, Entry, Outcome, Slots};
 use super::shell::Shell;
 use crate::frame::{kind, status, Header, HEADER_BYTES, REPLY};
 
@@ -101,11 +101,22 @@ impl Shell {
         self.lease.forget(slot);
         self.timers.tell_completed_again();
         if sync {
-            for frame in self.table.resend(slot) {
+            for again in self.table.resend(slot) {
+                let frame = match again {
+                    Again::Frame(frame) => frame,
+                    Again::Flush(request_id) => self.flush_frame(request_id),
+                };
                 self.send_frame(slot, frame);
             }
         }
         self.retry_waiting_reads();
+    }
+
+    fn flush_frame(&self, request_id: u64) -> Rc<Buf> {
+        let header = Header { kind: kind::FLUSH, request_id, epoch: self.epoch, ..Header::default() };
+        let mut buf = self.pool.take(HEADER_BYTES);
+        buf.copy_from_slice(&header.encode());
+        Rc::new(buf)
     }
 
     /// End a link if it still is the one of this generation. Its reads go to others at once; its

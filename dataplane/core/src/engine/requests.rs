@@ -12,10 +12,12 @@
 //! where another succeeded loses its link; the write then waits for Python to change the members.
 //!
 //! *Released* later than finished: when every attached link has answered and no earlier write that
-//! touches the same region is unreleased. The second condition makes sending again exact: a link
-//! that returns gets the unreleased writes in their order, so an older write that is repeated is
-//! always followed by the newer ones that overlap it, answered or not (a FUA write may be answered
-//! after a later plain one).
+//! touches the same region is unreleased. The second condition makes sending again exact: whatever is over
+//! an unreleased write is still known.
+//!
+//! A link that returns gets what its replica has not answered, in order. Never what is under a write that
+//! it has answered: whoever dies between that and the newer one would leave an acknowledged write undone
+//! there, and the next engine may find this replica alone (C7, C12).
 //!
 //! Invariants: ids grow by one per frame; `ring[i]` is the frame `base_id + i`; the ring's first
 //! entry is not None; a region's queue holds exactly its unreleased writes, oldest first.
@@ -92,6 +94,8 @@ struct Write {
     asked: Slots,
     ok: Slots,
     failed: Slots,
+    /// Failed it once: what is over it says nothing of what is beside that.
+    refused: Slots,
     no_space: bool,
     finished: bool,
     error: u32,
@@ -110,6 +114,14 @@ impl Write {
     fn syncs(&self) -> bool {
         self.kind == kind::FLUSH || self.flags & flag::FUA != 0
     }
+}
+
+/// What a link that returns gets.
+#[derive(Debug)]
+pub enum Again {
+    Frame(Rc<Buf>),
+    /// A FLUSH under the id of a write that the replica has applied.
+    Flush(u64),
 }
 
 /// What the shell must do.
@@ -214,6 +226,7 @@ impl Table {
             asked: links,
             ok: 0,
             failed: 0,
+            refused: 0,
             no_space: false,
             finished: false,
             error: 0,
@@ -243,6 +256,7 @@ impl Table {
             write.ok |= bit(slot);
         } else {
             write.failed |= bit(slot);
+            write.refused |= bit(slot);
             write.no_space |= answer == status::NO_SPACE;
         }
         let sent_at_us = write.sent_at_us;
@@ -344,21 +358,56 @@ impl Table {
         }
     }
 
-    /// The frames a returning link must get before new ones, oldest first. What it answered on an
-    /// earlier link counts no more: an older write that is repeated now undoes it.
-    pub fn resend(&mut self, slot: usize) -> Vec<Rc<Buf>> {
-        let mut frames = Vec::new();
+    /// What a returning link must get before new frames, oldest first. What its replica answered on an
+    /// earlier link it holds: a replica that may have lost anything returns by a resync.
+    pub fn resend(&mut self, slot: usize) -> Vec<Again> {
+        let mut again = Vec::new();
+        // Ranges of frames that were refused once. What is over them is undone by them, and follows.
+        let mut undone: Vec<std::ops::Range<u64>> = Vec::new();
         for key in self.write_keys() {
-            let write = &mut self.writes[key];
-            if write.kind == kind::FLUSH && write.finished {
-                continue;
+            let write = &self.writes[key];
+            let (range, id) = (write.offset..write.offset + write.length, write.id);
+            let held = write.ok & bit(slot) != 0;
+            if write.kind == kind::FLUSH {
+                if write.finished || held {
+                    continue;
+                }
+                again.push(Again::Frame(write.frame.clone()));
+            } else {
+                let follows = undone.iter().any(|old| range.start < old.end && old.start < range.end);
+                if held && !follows {
+                    continue;
+                }
+                let refused = write.refused & bit(slot) != 0;
+                if !follows && !refused && self.is_under_what_it_holds(slot, key) {
+                    // It was applied, for the newer one came after it; only its own durability may lack.
+                    again.push(Again::Flush(id));
+                } else {
+                    again.push(Again::Frame(write.frame.clone()));
+                    if follows || refused {
+                        undone.push(range);
+                    }
+                }
             }
+            let write = &mut self.writes[key];
             write.asked |= bit(slot);
             write.ok &= !bit(slot);
             write.failed &= !bit(slot);
-            frames.push(write.frame.clone());
         }
-        frames
+        again
+    }
+
+    /// Has this slot answered a newer write that overlaps this one? Frames of a region are applied in order.
+    fn is_under_what_it_holds(&self, slot: usize, key: u32) -> bool {
+        let write = &self.writes[key];
+        let over = |other: &u32| {
+            let other = &self.writes[*other];
+            other.id > write.id
+                && other.ok & bit(slot) != 0
+                && other.offset < write.offset + write.length
+                && write.offset < other.offset + other.length
+        };
+        write.regions().any(|region| self.by_region.get(&region).is_some_and(|queue| queue.iter().any(over)))
     }
 
     /// When the oldest unanswered frames of a link were sent: plain ones, and those that wait for a
