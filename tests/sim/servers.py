@@ -263,7 +263,8 @@ class ReplicaServer(Process):
         """C15: a sync failed."""
         self.note("store failed", reason)
         self.machine.on_loss(self.machine.replica_id)
-        self._answer_flushes(Status.IO_ERROR)
+        self.flush_waiters.clear()  # nothing is answered after it
+        self._end_sessions(lambda session: True)
         self.spawn(self._note_store_failed(reason))
 
     def _note_store_failed(self, reason: str) -> Steps:
@@ -485,6 +486,7 @@ class ReplicaServer(Process):
         meta = epochs.detached(self.meta, epoch=epoch)
         if meta == self.meta:
             return
+        self._check_epoch(epoch)
         self._fence(native_epoch(meta))
         yield from self._settle_pulls()
         yield from self._flush_now(clean_all=True)

@@ -33,12 +33,16 @@ REGRESSIONS = {
     2419: "a reopened replica keeps what it had not synced",
     3250: "a pull that is cancelled while it waits",
     5162: "a reconcile that pulled from a source that had lost power and was back",
+    179537333973: "a store that failed while its engine was stopped",
+    179537339523: "a source whose sync failed during a reconcile",
+    179537340094: "a detach that made a replica clean whose store had failed",
 }
 """Always run. What each was about when it failed; the story of a seed changes with the code."""
 
 THEMED = {
     ("deaths", 9356): "a repair with a copy that is older than a write sent since",
     ("alone", 710315): "an older state store, and a replica that no engine had ever reached",
+    ("takeover", 179537332223): "an engine died while it sent again what was under an acknowledged write",
     ("mixed", 720141): "an operator decides while an engine before the last still runs",
 }
 """The same, of runs with a theme."""
