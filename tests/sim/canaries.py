@@ -205,11 +205,6 @@ def _with_globals(function: FunctionType, **changed: Any) -> FunctionType:
     return made
 
 
-def _open_ignores_majority() -> list[Patch]:
-    decide = _with_globals(membership.decide_open, majority=lambda count: 99)  # type: ignore[arg-type]
-    return [(opening, "decide_open", decide)]
-
-
 def _stale_mark_after_ack() -> list[Patch]:
     def required(self: Volume) -> frozenset[str]:
         assert self.ledger is not None
@@ -398,13 +393,6 @@ CANARIES = [
         themes=("return",),
     ),
     Canary(
-        "open_ignores_majority",
-        "opened though a newer record may hide at those who are away",
-        "C7 C13",
-        _open_ignores_majority,
-        themes=("alone",),
-    ),
-    Canary(
         "record_in_memory",
         "a record is answered before it is durable",
         "C13",
@@ -510,6 +498,10 @@ one after the other and runs simulated clusters, seed by seed from 1 on, until o
 table, and fails if a bug survives {SEEDS_MAX} seeds. Where a bug needs certain faults to do harm, seeds of
 other themes (`tests/sim/themes.py`) are skipped, but counted. The machine's own invariants are off where
 they would name a bug at once.
+
+Some bugs the simulator does not meet often enough, and other tests catch them: an open that ignores an
+unreachable majority (`tests/engine/test_open_rule.py` goes through every case), an epoch that is checked at
+receipt only, a claim that is not persisted (`tests/replica/test_calls.py`, `tests/replica/test_process.py`).
 
 | canary | the bug | breaks | what gives it away first | seeds needed |
 |---|---|---|---|---|
