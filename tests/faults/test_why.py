@@ -151,8 +151,9 @@ def test_a_majority_that_is_lost_is_named_with_what_it_holds_up(incident: Incide
 def test_a_daemon_that_is_gone_or_stopped(incident: Incident) -> None:
     pid = incident.dolmen.daemon_pid()
     incident.freeze(pid)
-    said = incident.client.why_no_daemon()
-    assert said["reason"] == "daemon_frozen" and said["command"] == f"`kill -CONT {pid}`"
+    # A process that was just told to stop may still run for a moment: then it is silent first.
+    wait_until(lambda: incident.client.why_no_daemon()["reason"] == "daemon_frozen")
+    assert incident.client.why_no_daemon()["command"] == f"`kill -CONT {pid}`"
     incident.thaw(pid)
     incident.dolmen.kill_daemon()
     done = incident.dolmen.dolmen("why", incident.name, check=False)
