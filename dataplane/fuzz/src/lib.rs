@@ -4,11 +4,16 @@
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::OnceLock;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use dolmen_core::checksum::{block_checksum, fragment_checksum};
 use dolmen_core::frame::{kind, status, Header, HEADER_BYTES, REPLY};
+use dolmen_core::replica::format::Stamp;
+use dolmen_core::replica::recovery::OpenOptions;
+use dolmen_core::replica::service::ReplicaService;
 
 pub const BLOCK: usize = 4096;
 /// Longer than any honest turn of a loop: past it something hangs, and that is a finding.
@@ -196,4 +201,22 @@ fn serve(mut socket: UnixStream) {
             return;
         }
     }
+}
+
+static SERVICE: OnceLock<(ReplicaService, tempfile::TempDir)> = OnceLock::new();
+
+/// The process's one replica server, with the volume "v" open in epoch 1; in memory where the machine has it.
+pub fn replica_service(size_bytes: u64) -> &'static ReplicaService {
+    let start = || {
+        let base = if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "/tmp" };
+        let dir = tempfile::tempdir_in(base).unwrap();
+        let path = dir.path().join("r");
+        std::fs::create_dir(&path).unwrap();
+        let service = ReplicaService::new().unwrap();
+        service.create_store(&path, "head", size_bytes).unwrap();
+        let options = OpenOptions::new(size_bytes, 1, Stamp { epoch: 1, version: 1 });
+        service.open_store("v", path, &["head".to_owned()], options).unwrap();
+        (service, dir)
+    };
+    &SERVICE.get_or_init(start).0
 }
